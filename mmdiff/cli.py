@@ -1,0 +1,48 @@
+"""`mmdiff fit | validate | test | predict`: LightningCLI on the suite's classes, or anyone's LightningModule."""
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+
+from .checkpoint import AtomicCheckpointIO
+from .io import trust_policy
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved config to the run's folder, and into every checkpoint, so that it can be exported alone."""
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+
+
+class MmdiffCLI(LightningCLI):
+    """LightningCLI that saves checkpoints atomically."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+
+
+def main(args: list[str]) -> int:
+    """Runs LightningCLI on `args`, whose first is the command. Returns the exit status."""
+    trusted, rest = [], []
+    for arg in args:
+        option, _, value = arg.partition("=")
+        (trusted.extend(value.split(",")) if option == "--trust-config-imports" else rest.append(arg))
+    trust_policy(trusted)
+    sys.argv[1:] = rest  # LightningCLI warns where both are given and differ
+    MmdiffCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+    )
+    return 0

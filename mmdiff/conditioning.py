@@ -1,0 +1,197 @@
+"""What a backbone can be conditioned on (`Cond`) and what turns a batch into it (`Conditioner`).
+
+B batch, L tokens, D width, C channels. Condition dropout, which classifier-free guidance needs (Ho & Salimans 2022),
+happens here and nowhere else.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder
+from .nn.embed import sinusoid
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cond:
+    """The four ways to condition a backbone.
+
+    tokens (B, L, D) is cross-attended, mask (B, L) bool says to which tokens (True = attend), vector (B, D) joins the
+    noise embedding, concat (B, C', *axes) is concatenated to x.
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    vector: Tensor | None = None
+    concat: Tensor | None = None
+
+
+class Conditioner(nn.Module, ABC):
+    """Batch -> Cond. In training mode it drops conditions at random, from `generator`."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond: ...
+
+    @abstractmethod
+    def null(self, batch: Batch) -> Cond:
+        """The condition without what guidance guides: empty prompts, no class. A low-resolution clip stays."""
+
+
+def dropped(n: int, rate: float, generator: torch.Generator | None) -> list[bool]:
+    """For each of `n` items whether its condition is dropped, at probability `rate`."""
+    return (torch.rand(n, generator=generator) < rate).tolist() if rate > 0 else [False] * n
+
+
+def check_rate(dropout: float) -> None:
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout={dropout} must be a probability, 0 to 1")
+
+
+class Text(Conditioner):
+    """Prompts of `batch[key]` through a text encoder: tokens and mask, and their mean as vector.
+
+    encoder: `mmdiff.text.ByteTransformer`, `mmdiff.text.PretrainedText`, or any module that maps list[str] to
+    (tokens (B, L, D), mask (B, L)). A dropped or null prompt is the empty string.
+    """
+
+    def __init__(self, encoder: nn.Module, dropout: float = 0.1, key: str = "caption") -> None:
+        super().__init__()
+        check_rate(dropout)
+        self.encoder, self.dropout, self.key = encoder, dropout, key
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+        prompts = list(batch[self.key])
+        if self.training:
+            drop = dropped(len(prompts), self.dropout, generator)
+            prompts = ["" if d else prompt for d, prompt in zip(drop, prompts, strict=True)]
+        return self.encode(prompts)
+
+    def null(self, batch: Batch) -> Cond:
+        return self.encode([""] * len(batch[self.key]))
+
+    def encode(self, prompts: list[str]) -> Cond:
+        tokens, mask = self.encoder(prompts)
+        weight = mask.to(tokens.dtype)[..., None]
+        return Cond(tokens, mask, vector=(tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
+
+
+class Label(Conditioner):
+    """Class index `batch[key]`, a LongTensor (B,) in 0..classes-1, as a learned vector; dropped, class `classes`."""
+
+    def __init__(self, key: str, classes: int, width: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        check_rate(dropout)
+        self.key, self.classes, self.dropout = key, classes, dropout
+        self.table = nn.Embedding(classes + 1, width)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+        labels = torch.as_tensor(batch[self.key], device=self.table.weight.device)
+        if labels.min() < 0 or labels.max() >= self.classes:
+            raise ValueError(f"{self.key} has labels {labels.min()}..{labels.max()}; legal are 0..{self.classes - 1}")
+        if self.training:
+            drop = torch.tensor(dropped(len(labels), self.dropout, generator), device=labels.device)
+            labels = torch.where(drop, self.classes, labels)
+        return Cond(vector=self.table(labels))
+
+    def null(self, batch: Batch) -> Cond:
+        n = len(batch[self.key])
+        return Cond(vector=self.table(torch.full((n,), self.classes, device=self.table.weight.device)))
+
+
+class Number(Conditioner):
+    """Number `batch[key]` (B,), such as a duration in seconds or a frame rate, as a vector; dropped, a learned one.
+
+    low, high: the range that the embedding resolves, in the number's own unit; values outside raise ValueError.
+    """
+
+    def __init__(self, key: str, width: int, low: float, high: float, dropout: float = 0.1) -> None:
+        super().__init__()
+        check_rate(dropout)
+        if not low < high:
+            raise ValueError(f"low={low} must be below high={high}")
+        self.key, self.width, self.low, self.high, self.dropout = key, width, low, high, dropout
+        self.net = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.empty = nn.Parameter(torch.zeros(width))
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+        values = torch.as_tensor(batch[self.key], device=self.empty.device, dtype=torch.float32)
+        if values.min() < self.low or values.max() > self.high:
+            raise ValueError(f"{self.key} has {values.min():g}..{values.max():g}; legal is {self.low:g}..{self.high:g}")
+        unit = (values - self.low) / (self.high - self.low)
+        vector = self.net(sinusoid(unit, self.width, shortest=0.02, longest=4.0))
+        if self.training:
+            drop = torch.tensor(dropped(len(vector), self.dropout, generator), device=vector.device)
+            vector = torch.where(drop[:, None], self.empty, vector)
+        return Cond(vector=vector)
+
+    def null(self, batch: Batch) -> Cond:
+        return Cond(vector=self.empty.expand(len(batch[self.key]), -1))
+
+
+class LowRes(Conditioner):
+    """The clip of the stage before, brought to full size, as concat: what makes a backbone an upsampler.
+
+    degrade: an autoencoder without parameters (`Pool`, `Subsample`, a `Chain`) that says what "low resolution" is. In
+    training the low clip is `degrade.encode(batch["latents"])`; in a cascade it is `batch["low"]`, the clip of the stage
+    before, whose own model was trained on the same `degrade`.
+
+    Noise of standard deviation uniform in [0, `noise`] is added to the low clip in training and its level is told to
+    the backbone, so that faults of the stage before do no harm (Ho et al. 2021, sec. 4.2); `level` is what sampling adds.
+    The level is one more channel of concat.
+    """
+
+    def __init__(self, degrade: Autoencoder, noise: float = 0.2, level: float = 0.05) -> None:
+        super().__init__()
+        if not 0 <= level <= noise:
+            raise ValueError(f"level={level} must lie in 0..noise={noise}, the range that training covers")
+        self.degrade, self.noise, self.level = degrade, noise, level
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+        low = batch["low"] if "low" in batch else self.degrade.encode(batch["latents"])
+        n = (low.shape[0],) + (1,) * (low.ndim - 1)
+        if self.training:
+            level = self.noise * torch.rand(n, generator=generator).to(low)
+        else:
+            level = torch.full(n, self.level).to(low)
+        # a low clip is noised with the same field at every call of one sampling run, so guidance compares like with like
+        noise = batch["low_noise"] if "low_noise" in batch else torch.randn(low.shape, generator=generator).to(low)
+        full = self.degrade.decode(low + level * noise)
+        return Cond(concat=torch.cat([full, level.expand(-1, 1, *full.shape[2:])], dim=1))
+
+    def null(self, batch: Batch) -> Cond:
+        return self(batch)
+
+
+class Join(Conditioner):
+    """Several conditioners as one: tokens follow one another (of one width), vectors and concats are joined along D, C."""
+
+    def __init__(self, parts: Sequence[Conditioner]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+        return self.joined([part(batch, generator) for part in self.parts])
+
+    def null(self, batch: Batch) -> Cond:
+        return self.joined([part.null(batch) for part in self.parts])  # type: ignore[operator]
+
+    def joined(self, conds: list[Cond]) -> Cond:
+        with_tokens = [c for c in conds if c.tokens is not None]
+        masks = [torch.ones(c.tokens.shape[:2], dtype=torch.bool, device=c.tokens.device) if c.mask is None else c.mask for c in with_tokens]  # type: ignore[union-attr]
+
+        def join(slots: list[Tensor | None]) -> Tensor | None:
+            given = [s for s in slots if s is not None]
+            return torch.cat(given, dim=1) if given else None
+
+        return Cond(
+            tokens=join([c.tokens for c in conds]),
+            mask=torch.cat(masks, dim=1) if masks else None,
+            vector=join([c.vector for c in conds]),
+            concat=join([c.concat for c in conds]),
+        )

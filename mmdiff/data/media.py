@@ -1,0 +1,33 @@
+"""What every media file has in common: it can be broken, and it is written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class MediaError(ValueError):
+    """A media file that cannot be used; the message names the file and the reason."""
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Temporary path beside `path` that takes its place when the block ends well and is deleted when it does not.
+
+    Parent folders are made. The temporary name is on the same file system, so that the rename is atomic.
+    Raises OSError when the folder cannot be made or written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes a private file; a result is an ordinary one
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""What the text-to-something commands share: options, checks before anything is loaded, seeds, file names, progress."""
+
+import argparse
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from .cascade import Cascade, Clip
+    from .sampling import Sampler
+
+SAMPLERS = ("ddim", "ddpm", "dpmpp2m", "euler", "heun")  # euler is ddim by its other name
+LONGEST = 16  # times the length a pipeline was made for: beyond, memory rather than patience runs out
+
+Write = Callable[[Path, "Clip", bool], list[Path]]  # (path without suffix, one clip (1, C, T, ...), preview) -> files
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
+
+
+def parser(command: str, description: str, pipeline: Path) -> Parser:
+    """Options that every modality has. pipeline: folder of the shipped weights, the default."""
+    options = Parser(f"mmdiff {command}", description=description)
+    options.add_argument("prompt", nargs="?", help="what to generate")
+    options.add_argument("--prompts", type=Path, metavar="FILE", help="many prompts, one a line")
+    options.add_argument("--negative", default=None, help="what to guide away from; default is the empty prompt")
+    options.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the files (default: outputs)")
+    options.add_argument("--count", type=int, default=1, help="clips for each prompt, of seeds SEED, SEED + 1, ...")
+    options.add_argument("--seed", type=int, default=0, help="same seed, same machine: same file (default: 0)")
+    options.add_argument("--steps", type=int, help="sampling steps of the first stage (default: the pipeline's)")
+    options.add_argument("--sampler", choices=SAMPLERS, help="of the first stage (default: the pipeline's)")
+    options.add_argument("--guidance", type=float, help="guidance scale of the first stage; 1 is none")
+    options.add_argument("--duration", type=float, metavar="SECONDS", help="length (default: the pipeline's)")
+    options.add_argument("--pipeline", default=str(pipeline), metavar="FOLDER|HUB_ID", help="which model (default: shipped)")
+    options.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="package a pipeline may also name")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    options.add_argument("--preview", action="store_true", help="also a picture of every clip")
+    options.add_argument("--batch-size", type=int, default=8, help="clips generated together (default: 8)")
+    return options
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make."""
+
+    prompt: str
+    seed: int
+
+
+def jobs(given: argparse.Namespace) -> list[Job]:
+    """The clips that the options ask for. Raises ValueError for options that are wrong whatever the pipeline."""
+    if (given.prompt is None) == (given.prompts is None):
+        raise ValueError("give one prompt, or --prompts FILE with one a line")
+    if given.prompts is not None:
+        try:
+            prompts = [line.strip() for line in given.prompts.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {given.prompts} cannot be read: {error}") from error
+        if not prompts:
+            raise ValueError(f"--prompts {given.prompts} holds no prompt")
+    elif not given.prompt.strip():
+        raise ValueError("the prompt is empty; say what to generate")
+    else:
+        prompts = [given.prompt]
+    for name in ("count", "steps", "batch_size"):
+        value = getattr(given, name)
+        if value is not None and not 1 <= value <= 10_000:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is outside 1..10000")
+    if not 0 <= given.seed < 2**62:
+        raise ValueError(f"--seed {given.seed} is outside 0..2^62")
+    if given.guidance is not None and not (math.isfinite(given.guidance) and 0 <= given.guidance <= 100):
+        raise ValueError(f"--guidance {given.guidance} is outside 0..100; 1 is none, 2 to 8 is usual")
+    if given.duration is not None and not (math.isfinite(given.duration) and given.duration > 0):
+        raise ValueError(f"--duration {given.duration} must be a number of seconds above 0")
+    return [Job(prompt, given.seed + i) for prompt in prompts for i in range(given.count)]
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the output folder and a file in it, which is removed again. Raises ValueError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}") from error
+
+
+def check_pipeline(name: str) -> None:
+    """Raises ValueError for a local folder that is no pipeline, or has no weights, without loading any."""
+    if Path(name).expanduser().is_dir():
+        from .pipeline import read_cascade
+
+        read_cascade(Path(name).expanduser())
+    elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"--pipeline {name}: no such folder (nor is it a hub id such as user/model)")
+
+
+def pick_device(name: str) -> str:
+    """The torch device to use. Raises ValueError where this machine has none such."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def pick_sampler(name: str) -> "Sampler":
+    """The sampler of a name in SAMPLERS."""
+    from .sampling import Ancestral, DPMpp2M, Heun
+
+    made: dict[str, Sampler] = {
+        "ddim": Ancestral(0.0), "euler": Ancestral(0.0), "ddpm": Ancestral(1.0), "dpmpp2m": DPMpp2M(), "heun": Heun()
+    }  # fmt: skip
+    return made[name]
+
+
+def file_stem(folder: Path, job: Job) -> Path:
+    """A path without suffix under which `folder` has no file yet: number, words of the prompt, seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:48].strip("-") or "clip"
+    taken = [int(name[:4]) for name in os.listdir(folder) if re.match(r"\d{4}-", name)]
+    return folder / f"{max(taken, default=-1) + 1:04d}-{words}-seed{job.seed}"
+
+
+def run(given: argparse.Namespace, write: Write, length: Callable[["Cascade"], int]) -> int:
+    """Generates what the options ask for, writes it with `write` and prints the files. Returns the exit status.
+
+    length: the cascade -> time steps of the clips to make.
+    """
+    todo = jobs(given)
+    check_pipeline(given.pipeline)
+    check_folder(given.out)
+    device = pick_device(given.device)
+
+    from tqdm import tqdm
+
+    from .pipeline import load_pipeline
+    from .sampling import seeded_noise
+
+    cascade = load_pipeline(given.pipeline, given.trust).to(device)
+    settings = {"steps": given.steps, "guidance": given.guidance}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if given.sampler is not None:
+        settings["sampler"] = pick_sampler(given.sampler)
+    cascade = cascade.with_base(**settings)
+    steps, longest = length(cascade), LONGEST * cascade.shape[1]
+    if not 1 <= steps <= longest:
+        raise ValueError(
+            f"{steps / cascade.rate:g} s are outside {1 / cascade.rate:g}..{longest / cascade.rate:g} s, "
+            f"which this pipeline can make; choose another --duration"
+        )
+    shape = (cascade.shape[0], steps, *cascade.shape[2:])
+    for first in range(0, len(todo), given.batch_size):
+        batch = todo[first : first + given.batch_size]
+        bars: dict[str, tqdm] = {}
+
+        def progress(stage: str, done: int, total: int, bars: dict[str, tqdm] = bars, first: int = first) -> None:
+            if stage not in bars:
+                bars[stage] = tqdm(total=total, desc=f"clips {first + 1}-{first + len(batch)}/{len(todo)} {stage}")  # noqa: B023
+            bars[stage].update(done - bars[stage].n)
+
+        prompt = {"caption": [job.prompt for job in batch]}
+        negative = None if given.negative is None else {"caption": [given.negative] * len(batch)}
+        noise = seeded_noise([job.seed for job in batch])
+        clip = cascade(prompt, noise=noise, shape=shape, negative=negative, progress=progress)
+        for bar in bars.values():
+            bar.close()
+        for i, job in enumerate(batch):
+            stem = file_stem(given.out, job)
+            files = write(stem, type(clip)(clip.data[i : i + 1].cpu(), clip.rate), given.preview)
+            record = {"prompt": job.prompt, "negative": given.negative, "seed": job.seed, "pipeline": str(given.pipeline)}
+            record |= {"steps": given.steps, "guidance": given.guidance, "sampler": given.sampler}
+            stem.with_name(f"{stem.name}.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            for file in files:
+                print(file)
+    return 0

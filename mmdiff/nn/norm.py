@@ -1,0 +1,31 @@
+"""Normalisation, and its modulation by an embedding of the noise level."""
+
+import torch
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 32 groups, or as many as leave at least 4 channels to each and divide `channels`."""
+    groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+class AdaGroupNorm(nn.Module):
+    """Group norm, then `(1 + scale) * x + shift` from an embedding (Dhariwal & Nichol 2021, sec. 3.1).
+
+    x (B, C, T, ...), embedding (B, D) or, one for each time step, (B, D, T).
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.affine = nn.Linear(width, 2 * channels)
+        nn.init.zeros_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if embedding.ndim == 2:
+            embedding = embedding[..., None]  # (B, D, 1)
+        scale_shift = self.affine(embedding.transpose(1, 2)).transpose(1, 2)  # (B, 2C, T or 1)
+        scale, shift = scale_shift.reshape(*scale_shift.shape, *(1,) * (x.ndim - 3)).chunk(2, dim=1)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)

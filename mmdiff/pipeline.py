@@ -1,0 +1,70 @@
+"""A pipeline is a folder: cascade.yaml, and a model folder for each stage that has weights.
+
+cascade.yaml holds `shape` (C, T, ...) and `rate` of the clip it makes unless asked otherwise, `multiple`, and `stages`:
+names to `class_path` trees, in order. A stage's `model` is the name of a folder beside the file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .cascade import Cascade, Stage
+from .io import build, fetch, load, read_config, verify_manifest, write_manifest
+from .config import dump_config
+
+CASCADE = "cascade.yaml"
+
+
+def read_cascade(folder: Path) -> dict[str, Any]:
+    """The tree in a pipeline folder's cascade.yaml. Raises ValueError where it, or a model that it names, is missing."""
+    if not (folder / CASCADE).is_file():
+        raise ValueError(f"{folder} is no pipeline: it has no {CASCADE}")
+    tree = read_config(folder / CASCADE)
+    for key in ("shape", "rate", "stages"):
+        if key not in tree:
+            raise ValueError(f"{folder / CASCADE} has no {key!r}; it needs shape, rate and stages")
+    for name, model in models(tree).items():
+        if Path(model).name != model or not (folder / model).is_dir():
+            raise ValueError(f"{folder / CASCADE}: stage {name!r} names the model {model!r}, which is no folder beside it")
+        if not (folder / model / "model.safetensors").is_file():
+            raise ValueError(f"{folder / model} has no model.safetensors: the pipeline is without its weights")
+    return tree
+
+
+def models(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Stage name -> folder name, of the stages that have a model."""
+    found = {name: stage.get("init_args", {}).get("model") for name, stage in tree["stages"].items()}
+    return {name: str(model) for name, model in found.items() if model is not None}
+
+
+def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = True) -> Cascade:
+    """The cascade in a folder or of a hub id, on the CPU.
+
+    trusted: further packages that its configs may name. verify: check every file against the manifest.
+    Raises ValueError naming the file at fault.
+    """
+    folder = fetch(name)
+    tree = read_cascade(folder)
+    if verify:
+        verify_manifest(folder)
+    stages: dict[str, Stage] = {}
+    for stage_name, stage in tree["stages"].items():
+        model = models(tree).get(stage_name)
+        if model is not None:  # built from the model's own config first, so that the stage's arguments are checked as one
+            stage = {**stage, "init_args": {**stage["init_args"], "model": read_config(folder / model)}}
+        built = build(stage, trusted)
+        if not isinstance(built, Stage):
+            raise ValueError(f"{folder / CASCADE}: stage {stage_name!r} is a {type(built).__name__}, not a Stage")
+        if model is not None:
+            built = replace(built, model=load(folder / model, trusted, verify=verify))  # type: ignore[type-var]
+        stages[stage_name] = built
+    return Cascade(stages, tuple(tree["shape"]), float(tree["rate"]), int(tree.get("multiple", 1)))
+
+
+def write_cascade(folder: str | Path, tree: Mapping[str, Any]) -> None:
+    """Makes a pipeline of a folder that holds the stages' model folders: writes cascade.yaml and the manifest."""
+    folder = Path(folder)
+    (folder / CASCADE).write_text(dump_config(tree), "utf-8")
+    read_cascade(folder)
+    write_manifest(folder)

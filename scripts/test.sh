@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets mmdiff up with what the tests need, then lints, checks types and runs the tests.
+set -uo pipefail
+# shellcheck source=scripts/setup_env.sh
+source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/setup_env.sh"
+
+case "${1:-}" in
+    -h | --help)
+        cat <<'HELP'
+usage: bash scripts/test.sh [PYTEST ARGUMENTS]
+
+Makes or completes .venv, then runs ruff, mypy and pytest. Arguments go to pytest:
+  bash scripts/test.sh --slow               the slow tests too
+  bash scripts/test.sh tests/test_sigmas.py one file
+HELP
+        exit 0
+        ;;
+esac
+
+setup_env "test,text"
+cd "$ROOT" || exit 1
+
+"$VENV_PYTHON" -m ruff check . || fail "ruff check found the faults above; 'ruff check --fix .' mends some"
+"$VENV_PYTHON" -m ruff format --check . || fail "the files above are not formatted; run 'ruff format .'"
+"$VENV_PYTHON" -m mypy || fail "mypy found the faults above"
+exec "$VENV_PYTHON" -m pytest -q "$@"

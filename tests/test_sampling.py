@@ -1,0 +1,470 @@
+"""Samplers against closed-form solutions and, network by network, against the schedulers of diffusers.
+
+Every denoiser here is a formula, so a test takes milliseconds. The tolerances are stated with what was measured.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from mmdiff.precond import EDM, Eps, Flow, Precond, V
+from mmdiff.sampling import Ancestral, Denoise, DPMpp2M, Heun, Sampler, seeded_noise, start
+from mmdiff.sigmas import DDPM, Karras, Sigmas
+from mmdiff.sigmas import Flow as FlowGrid
+
+SAMPLERS = [Ancestral(), Ancestral(1.0), Heun(), Heun("flow"), DPMpp2M()]
+DETERMINISTIC = [Ancestral(), Heun(), Heun("flow"), DPMpp2M()]
+
+
+def gaussian(mean: float, std: float) -> Denoise:
+    """The exact denoiser of data ~ N(mean, std^2)."""
+    return lambda x, sigma: (mean * sigma**2 + x * std**2) / (sigma**2 + std**2)
+
+
+def mixture(share: float, std: float) -> Denoise:
+    """The exact denoiser of data ~ share N(1, std^2) + (1 - share) N(-1, std^2)."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        right = torch.sigmoid(2 * x / (std**2 + sigma**2) + math.log(share / (1 - share)))
+        means = gaussian(1.0, std)(x, sigma), gaussian(-1.0, std)(x, sigma)
+        return right * means[0] + (1 - right) * means[1]
+
+    return denoise
+
+
+def wrap(network: Callable[[Tensor, Tensor], Tensor], precond: Precond) -> Denoise:
+    """D = c_skip x + c_out F(c_in x, c_noise)."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        c_skip, c_out, c_in, c_noise = precond(sigma)
+        return c_skip * x + c_out * network(c_in * x, c_noise)
+
+    return denoise
+
+
+def network(x: Tensor, c_noise: Tensor) -> Tensor:
+    """Some network that depends on both its arguments, the same one for us and for diffusers."""
+    return 0.9 * torch.tanh(1.3 * x) + 0.2 * torch.sin(x + c_noise / 100)
+
+
+def eps_network(x_t: Tensor, index: Tensor) -> Tensor:
+    """The same for eps: like a trained one it predicts x_t itself where x_t is noise, or the samples would explode."""
+    return index / 1000 * x_t + 0.2 * torch.sin(3 * x_t + index / 200)
+
+
+def never(like: Tensor) -> Tensor:
+    raise AssertionError("a deterministic sampler asked for noise")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return (got - expected).abs().max().item()
+
+
+# Identities
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("shape", [(1, 1, 7), (2, 1, 5, 3), (1, 3, 2, 5, 7)])
+def test_one_step_is_the_denoiser(sampler: Sampler, shape: tuple[int, ...]) -> None:
+    denoise, x = mixture(0.3, 0.1), normal(*shape)
+    sample = sampler(denoise, 80 * x, torch.tensor([80.0, 0.0]), never)
+    torch.testing.assert_close(sample, denoise(80 * x, torch.tensor(80.0)))
+
+
+def test_ancestral_without_noise_is_euler() -> None:
+    denoise, x, sigmas = mixture(0.3, 0.5), 80 * normal(64, dtype=torch.float64), Karras()(20).double()
+    euler = x
+    for sigma, sigma_next in pairwise(sigmas):
+        euler = euler + (sigma_next - sigma) * (euler - denoise(euler, sigma)) / sigma
+    assert distance(Ancestral(0.0)(denoise, x, sigmas, never), euler) < 1e-12
+
+
+def test_heun_is_the_trapezoid_rule_in_both_clocks() -> None:
+    denoise, x, sigmas = mixture(0.3, 0.5), 9 * normal(64, dtype=torch.float64), FlowGrid(t_max=0.9)(12).double()
+    slope = z = x
+    for sigma, sigma_next in pairwise(sigmas):
+        slope = (z - denoise(z, sigma)) / sigma
+        z_next = z + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            z_next = z + (sigma_next - sigma) * (slope + (z_next - denoise(z_next, sigma_next)) / sigma_next) / 2
+        z = z_next
+    assert distance(Heun("sigma")(denoise, x, sigmas, never), z) < 1e-12
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:  # of z = (1 - t) x0 + t eps = (1 - t) x
+        return (z - denoise(z / (1 - t), t / (1 - t))) / t
+
+    times = sigmas / (1 + sigmas)
+    z = x * (1 - times[0])
+    for t, t_next in pairwise(times):
+        slope = velocity(z, t)
+        z_next = z + (t_next - t) * slope
+        z = z + (t_next - t) * (slope + velocity(z_next, t_next)) / 2 if t_next > 0 else z_next
+    assert distance(Heun("flow")(denoise, x, sigmas, never), z) < 1e-12
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_steps_are_the_walk(sampler: Sampler) -> None:
+    x, sigmas = 80 * normal(2, 3), Karras()(6)
+    sample = sampler(mixture(0.3, 0.5), x, sigmas, seeded_noise([1, 2]))
+    walk = list(sampler.steps(mixture(0.3, 0.5), x, sigmas, seeded_noise([1, 2])))
+    assert [step.number for step in walk] == list(range(6))
+    assert [step.sigma for step in walk] == sigmas[:-1].tolist()
+    assert torch.equal(walk[-1].x, sample)
+    states = [x] + [step.x for step in walk]
+    for (_, sigma, _, x0), state in zip(walk, states, strict=False):
+        assert torch.equal(x0, mixture(0.3, 0.5)(state, torch.tensor(sigma)))
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC, ids=repr)
+def test_stopping_and_going_on_is_one_walk_for_one_step_methods(sampler: Sampler) -> None:
+    x, sigmas = 80 * normal(8, dtype=torch.float64), Karras()(8).double()
+    whole = sampler(mixture(0.3, 0.5), x, sigmas, never)
+    half = sampler(mixture(0.3, 0.5), x, sigmas[:5], never)
+    parts = sampler(mixture(0.3, 0.5), half, sigmas[4:], never)
+    if isinstance(sampler, DPMpp2M):  # a multistep method begins anew, with a first-order step
+        assert distance(parts, whole) > 1e-6
+    else:
+        assert torch.equal(parts, whole)
+
+
+# Oracles
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"), [(Ancestral(), 1), (Heun(), 2), (Heun("flow"), 2), (DPMpp2M(), 2)], ids=repr
+)
+def test_order_of_convergence(sampler: Sampler, order: int) -> None:
+    """On a Gaussian the exact solution is x - mean ~ sqrt(std^2 + sigma^2). Measured: 0.99, 2.01, 1.99, 2.01."""
+    mean, std, grid = 0.3, 0.5, Karras(0.05, 10.0)
+    x = 10 * normal(16, dtype=torch.float64)
+    exact = mean + (x - mean) * math.sqrt((std**2 + 0.05**2) / (std**2 + 10.0**2))
+    errors = [distance(sampler(gaussian(mean, std), x, grid.levels(n + 1), never), exact) for n in (64, 128, 256)]
+    for coarse, fine in pairwise(errors):
+        assert abs(math.log2(coarse / fine) - order) < 0.05
+
+
+def test_on_a_flow_grid_heun_wants_the_flow_clock() -> None:
+    """Why `clock` exists: with 10 steps of a flow grid, the slope averaged over sigma is worse than plain Euler."""
+    x, sigmas = normal(64, dtype=torch.float64), FlowGrid()(10).double()
+    exact = 0.5 * x
+    x = x * math.hypot(0.5, float(sigmas[0]))
+    error = {s: distance(s(gaussian(0.0, 0.5), x, sigmas, never), exact) for s in (Ancestral(), Heun(), Heun("flow"))}
+    assert error[Heun("flow")] < 0.3 * error[Ancestral()]
+    assert error[Heun("sigma")] > error[Ancestral()]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_samples_follow_the_mixture(sampler: Sampler) -> None:
+    """20000 samples of 0.3 N(1, 0.2^2) + 0.7 N(-1, 0.2^2): its distribution function within 0.02."""
+    sigmas = Karras(0.002, 20.0)(100)
+    noise = seeded_noise([5])
+    sample = sampler(mixture(0.3, 0.2), start(normal(1, 20_000), sigmas[0]), sigmas, noise)[0].sort().values
+    cdf = 0.3 * torch.special.ndtr((sample - 1) / 0.2) + 0.7 * torch.special.ndtr((sample + 1) / 0.2)
+    assert distance(cdf, torch.linspace(0, 1, 20_000)) < 0.02
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 10.0])
+def test_start_is_exact_for_gaussian_data_of_unit_variance(sigma: float) -> None:
+    """Why sqrt(1 + sigma^2): the exact ODE then gives back the very noise, while noise * sigma gives too little."""
+    noise = normal(64, dtype=torch.float64)
+    sigmas = torch.cat([torch.linspace(sigma, 1e-3, 400, dtype=torch.float64), torch.zeros(1)])
+    sample = Heun()(gaussian(0.0, 1.0), start(noise, sigma), sigmas, never)
+    assert distance(sample, noise) < 1e-3
+    low = Heun()(gaussian(0.0, 1.0), noise * sigma, sigmas, never)
+    assert distance(low, noise * sigma / math.hypot(1, sigma)) < 1e-3
+    torch.testing.assert_close(start(noise, sigma) * Eps()(torch.tensor(sigma))[2], noise)
+
+
+def test_float32_is_exact_at_sigma_1e5() -> None:
+    """From sigma 1e5 the interpolation stays within 1e-6 of float64; x + d_sigma * slope is 2e-2 off in one step."""
+    x, sigmas = 1e5 * normal(256), Karras(0.002, 1e5)(30)
+    for sampler in DETERMINISTIC[:1] + DETERMINISTIC[2:]:  # Heun in sigma extrapolates by sigma / sigma_next
+        single = sampler(gaussian(0.3, 0.5), x, sigmas, never)
+        assert single.dtype == torch.float32
+        double = sampler(gaussian(0.3, 0.5), x.double(), sigmas, never)
+        assert distance(single, double) < 5e-6
+    one = torch.tensor([1e5, 0.0])
+    exact = gaussian(0.3, 0.5)(x, one[0])
+    assert torch.equal(Ancestral()(gaussian(0.3, 0.5), x, one, never), exact)
+    assert distance(x + (one[1] - one[0]) * (x - exact) / one[0], exact) > 1e-3
+
+
+def test_state_stays_in_float32() -> None:
+    """A half-precision start and a half-precision denoiser leave the state between the steps in float32."""
+    dtypes = []
+
+    def half(x: Tensor, sigma: Tensor) -> Tensor:
+        dtypes.append((x.dtype, sigma.dtype, sigma.shape))
+        return gaussian(0.3, 0.5)(x, sigma).half()
+
+    assert Heun()(half, normal(4).half(), Karras(0.1, 1.0)(3), never).dtype == torch.float32
+    assert set(dtypes) == {(torch.float32, torch.float32, ())}
+
+
+def test_gradients_flow_through_the_walk() -> None:
+    x = normal(4).requires_grad_()
+    DPMpp2M()(gaussian(0.3, 0.5), x, Karras()(5), never).sum().backward()
+    assert x.grad is not None
+    assert (x.grad != 0).all()
+
+
+# References in diffusers, network for network
+
+
+def in_float64(scheduler: object, grid: DDPM) -> None:
+    """Give a scheduler of diffusers our table (compared with its own in test_sigmas) in float64: it rounds no more."""
+    scheduler.alphas_cumprod = 1 / (1 + grid.table**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("table", [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)], ids=["linear", "scaled"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ancestral_matches_ddim(dtype: torch.dtype, spacing: str, table: tuple, eta: float) -> None:
+    """Whole loop in x_t against whole loop in sigma, with eps prediction and the same noise.
+
+    Relative to the largest value: 1e-5 to diffusers as it is, in float32; 1e-12 with its table in float64.
+    """
+    from diffusers import DDIMScheduler
+
+    schedule, low, high = table
+    grid = DDPM(schedule, 1000, low, high, spacing)
+    scheduler = DDIMScheduler(
+        1000, low, high, schedule, timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=True
+    )
+    scheduler.set_timesteps(50)
+    if dtype == torch.float64:
+        in_float64(scheduler, grid)
+    noise, fresh = normal(2, 32, dtype=dtype), seeded_noise([7, 8])
+    x_t = noise
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(eps_network(x_t, t.to(dtype)), t, x_t, eta=eta, variance_noise=fresh(x_t)).prev_sample
+    sigmas = torch.cat([grid.levels(50), torch.zeros(1)]).to(dtype)
+    sample = Ancestral(eta)(wrap(eps_network, Eps(grid)), start(noise, sigmas[0]), sigmas, seeded_noise([7, 8]))
+    assert sample.dtype == x_t.dtype == dtype
+    assert distance(sample, x_t) < (1e-5 if dtype == torch.float32 else 1e-12) * x_t.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ancestral_matches_ddpm(dtype: torch.dtype) -> None:
+    """eta = 1 is the DDPM posterior of small variance; both draw from a generator of the same seed.
+
+    Relative to the largest value: 5e-5 to diffusers as it is, in float32 (measured 1.1e-5: its beta_t is a difference
+    of rounded products); 1e-12 with its table in float64.
+    """
+    from diffusers import DDPMScheduler
+
+    grid = DDPM(spacing="leading")
+    scheduler = DDPMScheduler(1000, variance_type="fixed_small", clip_sample=False, timestep_spacing="leading")
+    scheduler.set_timesteps(100)
+    if dtype == torch.float64:
+        in_float64(scheduler, grid)
+    noise = normal(2, 32, dtype=dtype)
+    x_t, theirs, ours = noise, torch.Generator().manual_seed(9), torch.Generator().manual_seed(9)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(eps_network(x_t, t.to(dtype)), t, x_t, generator=theirs).prev_sample
+
+    def fresh(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=ours, dtype=like.dtype)
+
+    sigmas = torch.cat([grid.levels(100), torch.zeros(1)]).to(dtype)
+    sample = Ancestral(1.0)(wrap(eps_network, Eps(grid)), start(noise, sigmas[0]), sigmas, fresh)
+    assert sample.dtype == x_t.dtype == dtype
+    assert distance(sample, x_t) < (5e-5 if dtype == torch.float32 else 1e-12) * x_t.abs().max()
+
+
+def test_ancestral_matches_edm_euler() -> None:
+    from diffusers import EDMEulerScheduler
+
+    scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    scheduler.set_timesteps(25)
+    x = 80 * normal(2, 32)
+    theirs = x
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(theirs, t), t)
+        theirs = scheduler.step(output, t, theirs).prev_sample
+    sample = Ancestral()(wrap(network, EDM(0.5)), x, Karras(0.002, 80.0)(25), never)
+    assert distance(sample, theirs) < 1e-5  # measured 7e-7
+
+
+def test_ancestral_matches_euler_with_v_prediction() -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", use_karras_sigmas=True)
+    scheduler.set_timesteps(25)
+    x = normal(2, 32) * scheduler.init_noise_sigma
+    theirs = x
+    for t in scheduler.timesteps:  # their t is an index, ours an angle: the network must not see it
+        output = network(scheduler.scale_model_input(theirs, t), torch.tensor(0.0))
+        theirs = scheduler.step(output, t, theirs).prev_sample
+    table = DDPM().table
+    denoise = wrap(lambda x, c_noise: network(x, 0 * c_noise), V())
+    sample = Ancestral()(denoise, x, Karras(float(table[0]), float(table[-1]))(25), never)
+    assert distance(sample, theirs) < 1e-5  # measured 2e-6
+
+
+def test_heun_matches_heun_discrete() -> None:
+    from diffusers import HeunDiscreteScheduler
+
+    scheduler = HeunDiscreteScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="sample", use_karras_sigmas=True
+    )
+    scheduler.set_timesteps(15)
+    denoise, table = mixture(0.3, 0.5), DDPM().table
+    x = normal(2, 32) * table[-1].float()
+    theirs = x
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(theirs, t)  # sets the step index
+        theirs = scheduler.step(denoise(theirs, scheduler.sigmas[scheduler.step_index]), t, theirs).prev_sample
+    sample = Heun()(denoise, x, Karras(float(table[0]), float(table[-1]))(15), never)
+    assert distance(sample, theirs) < 1e-5  # measured 2e-6
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_ancestral_matches_flow_match_euler(shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=torch.linspace(0.999, 0, 21)[:-1].tolist())  # their sigma is our t
+    sigmas = FlowGrid(shift)(20)
+    torch.testing.assert_close(scheduler.sigmas, sigmas / (1 + sigmas), rtol=0, atol=1e-6)
+    z = normal(2, 32)
+    x = z * (1 + sigmas[0])
+    for t in scheduler.timesteps:
+        z = scheduler.step(network(z, t / 1000), t, z).prev_sample
+    sample = Ancestral()(wrap(network, Flow()), x, sigmas, never)
+    assert distance(sample, z) < 1e-5  # measured 1e-6
+
+
+@pytest.mark.parametrize("steps", [8, 25])  # below 15 they lower the order of the last step by default
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_dpmpp2m_matches_diffusers(steps: int, final: str) -> None:
+    """dpmsolver++, order 2, midpoint: equal with final_sigmas_type="zero", where they too end in first order.
+
+    With "sigma_min" they are equal on a grid that ends above 0, if lower_order_final is off.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        timestep_spacing="trailing",
+        final_sigmas_type=final,
+        lower_order_final=final == "zero",
+    )
+    scheduler.set_timesteps(steps)
+    noise = normal(2, 32)
+    x_t = noise
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(eps_network(x_t, t), t, x_t).prev_sample
+    grid = DDPM()
+    sigmas = grid(steps)
+    if final == "sigma_min":
+        sigmas[-1] = grid.table[0]
+    sample = DPMpp2M()(wrap(eps_network, Eps(grid)), start(noise, sigmas[0]), sigmas, never)
+    sample = sample * Eps(grid)(sigmas[-1])[2]
+    assert distance(sample, x_t) < 1e-5 * x_t.abs().max()  # measured 2e-6
+
+
+# Noise
+
+
+def test_a_batch_is_its_singles() -> None:
+    """Batch of 4 and 4 batches of 1: the same noise bit for bit, the same samples to 1e-6."""
+    seeds, sigmas, like = [3, 1, 4, 15], Karras()(10), torch.empty(4, 1, 5, 3)
+
+    def run(seeds: list[int]) -> Tensor:
+        noise = seeded_noise(seeds)
+        first = noise(like[: len(seeds)])
+        return Ancestral(1.0)(mixture(0.3, 0.5), start(first, sigmas[0]), sigmas, noise)
+
+    batch, singles = run(seeds), torch.cat([run([seed]) for seed in seeds])
+    assert torch.equal(seeded_noise(seeds)(like), torch.cat([seeded_noise([s])(like[:1]) for s in seeds]))
+    assert distance(batch, singles) < 1e-6
+    assert distance(run(seeds[::-1]).flip(0), batch) < 1e-6
+    assert distance(run([3, 1, 4, 16])[3], batch[3]) > 0.01
+
+
+def test_seeded_noise_is_a_stream_that_leaves_the_global_one_alone() -> None:
+    before = torch.random.get_rng_state()
+    noise, like = seeded_noise([0, 0]), torch.empty(2, 3, dtype=torch.float64)
+    first, second = noise(like), noise(like)
+    assert first.dtype == torch.float64
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_a_sample_does_not_depend_on_the_device(sampler: Sampler) -> None:
+    def run(device: str) -> Tensor:
+        noise, sigmas = seeded_noise([1, 2]), Karras()(20)
+        x = start(noise(torch.empty(2, 1, 64, device=device)), sigmas[0])
+        return sampler(mixture(0.3, 0.5), x, sigmas.to(device), noise).cpu()
+
+    assert distance(run("cuda"), run("cpu")) < 1e-4
+
+
+# Settings and messages
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"class_path": "mmdiff.sampling.Ancestral", "init_args": {"eta": 1}}, Ancestral(1.0)),
+        ({"class_path": "mmdiff.sampling.Heun", "init_args": {"clock": "flow"}}, Heun("flow")),
+        ({"class_path": "mmdiff.sampling.DPMpp2M"}, DPMpp2M()),
+    ],
+)
+def test_builds_from_a_config(config: dict, expected: Sampler) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--sampler", type=Sampler)
+    assert parser.instantiate(parser.parse_object({"sampler": config})).sampler == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Ancestral(1.5), r"eta=1.5 must lie between 0"),
+        (lambda: Heun("t"), r"clock='t' must be sigma"),
+        (lambda: seeded_noise([]), r"seeds=\[\] must hold one seed"),
+        (lambda: seeded_noise([1, 2])(torch.empty(3, 1)), r"batch of 3 needs as many seeds, not 2"),
+    ],
+)
+def test_wrong_settings_are_named(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "sigmas", [[1.0], [1.0, 1.0], [0.0, 1.0], [1.0, -1.0], [math.inf, 0.0], [math.nan, 0.0], [[1.0, 0.0]], 1.0]
+)
+@pytest.mark.parametrize("sampler", DETERMINISTIC, ids=repr)
+def test_wrong_grids_are_refused_before_any_call(sampler: Sampler, sigmas: list) -> None:
+    with pytest.raises(ValueError, match=r"sigmas=.* must be a list of at least 2 finite, strictly decreasing"):
+        sampler.steps(lambda x, sigma: pytest.fail("called"), normal(4), torch.tensor(sigmas), never)
+
+
+@pytest.mark.parametrize("grid", [Karras(), FlowGrid(), DDPM("cosine")], ids=repr)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_every_sampler_walks_every_grid(sampler: Sampler, grid: Sigmas) -> None:
+    sigmas = grid(12)
+    noise = seeded_noise([1, 2, 3])
+    sample = sampler(mixture(0.3, 0.5), start(noise(torch.empty(3, 500)), sigmas[0]), sigmas, noise)
+    assert sample.isfinite().all()
+    if not (sampler == Heun("sigma") and grid == DDPM("cosine")):  # its first step falls from 20291 to 7: wrong clock
+        assert sample.abs().max() < 4
