@@ -10,6 +10,7 @@ import torchaudio
 from torch import Tensor
 
 from mmdiff.autoencoder import Autoencoder
+from mmdiff.nn.conv import check_sizes
 
 FLOOR = 1e-5  # of the mel magnitude: -100 dB under a full-scale bin
 
@@ -42,6 +43,12 @@ class Mel(Autoencoder):
         super().__init__()
         if n_fft % hop_length:
             raise ValueError(f"n_fft={n_fft} is not a multiple of hop_length={hop_length}")
+        if n_fft == hop_length:
+            raise ValueError(
+                f"hop_length={hop_length} must be at most n_fft / 2={n_fft // 2}: windows must overlap to be inverted"
+            )
+        if not std > 0:
+            raise ValueError(f"std={std} must be positive: of log10(magnitude) over the data; 1.5 suits speech")
         self.sample_rate, self.n_fft, self.hop_length, self.mels = sample_rate, n_fft, hop_length, mels
         self.mean, self.std, self.iterations = mean, std, iterations
         self.factors = (hop_length,)
@@ -54,11 +61,16 @@ class Mel(Autoencoder):
         self.window: Tensor
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) != 2 or shape[0] != 1:
+            raise ValueError(f"a mel spectrogram is of mono waveforms (1, T), not {shape}")
+        check_sizes(shape[1:], self.factors)
         return (1, shape[1] // self.hop_length, self.mels)
 
     def encode(self, x: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[1] != 1 or x.shape[2] % self.hop_length:
-            raise ValueError(f"a mel spectrogram needs (B, 1, T) with T a multiple of {self.hop_length}, not {tuple(x.shape)}")
+            raise ValueError(
+                f"a mel spectrogram needs (B, 1, T) with T a multiple of {self.hop_length}, not {tuple(x.shape)}"
+            )
         spectrum = torch.stft(
             x[:, 0], self.n_fft, self.hop_length, window=self.window, pad_mode="constant", return_complex=True
         )  # (B, F, T / hop + 1)
@@ -71,13 +83,18 @@ class Mel(Autoencoder):
         mel = torch.where(mel <= FLOOR * 1.01, 0, mel)
         magnitude = nonnegative_inverse(mel, self.bank)  # (B, T', F)
         magnitude = torch.cat([magnitude, magnitude[:, -1:]], dim=1).transpose(1, 2) * (self.window.sum() / 2)
+        return torch.stack([self.griffin_lim(item) for item in magnitude.cpu()])[:, None].to(z)
+
+    def griffin_lim(self, magnitude: Tensor) -> Tensor:
+        """Magnitudes (F, T' + 1) -> waveform (T,): one at a time, so that it depends on no neighbour in the batch."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # griffinlim draws its first phases from the global generator
-            wave = torchaudio.functional.griffinlim(
-                magnitude.cpu(), self.window.cpu(), self.n_fft, self.hop_length, self.n_fft, power=1.0,
-                n_iter=self.iterations, momentum=0.99, length=z.shape[2] * self.hop_length, rand_init=True,
+            # griffinlim draws its first phases from the CPU's global generator; torch.manual_seed would reseed GPUs too
+            torch.default_generator.manual_seed(0)
+            return torchaudio.functional.griffinlim(
+                magnitude, self.window.cpu(), self.n_fft, self.hop_length, self.n_fft, power=1.0,
+                n_iter=self.iterations, momentum=0.99, rand_init=True,
+                length=(magnitude.shape[1] - 1) * self.hop_length,
             )  # fmt: skip
-        return wave[:, None].to(z)
 
 
 def nonnegative_inverse(mel: Tensor, bank: Tensor, iterations: int = 100) -> Tensor:

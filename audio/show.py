@@ -19,6 +19,8 @@ class ShowAudio(Show):
                 experiment.add_audio(f"{tag}/{i}", clip.mean(dim=0).clamp(-1, 1), step, sample_rate=round(rate))
             else:
                 low, high = clip.min(), clip.max()
-                picture = ((clip - low) / (high - low).clamp(min=1e-6)).transpose(1, 2).flip(1)  # (1, F, T), low notes below
+                picture = (
+                    ((clip - low) / (high - low).clamp(min=1e-6)).transpose(1, 2).flip(1)
+                )  # (1, F, T), low notes below
                 experiment.add_image(f"{tag}/{i}", picture, step)
         experiment.add_text(f"{tag}/captions", "\n\n".join(captions), step)

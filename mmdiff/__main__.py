@@ -18,7 +18,10 @@ LIGHTNING = {
 def usage() -> str:
     """Help of the command: its own commands and those that packages add through the group `mmdiff.commands`."""
     lines = [f"  {name:<12}{text}" for name, text in LIGHTNING.items()]
-    lines += [f"  {entry.name:<12}{entry.value}" for entry in sorted(entry_points(group="mmdiff.commands"), key=lambda e: e.name)]
+    lines += [
+        f"  {entry.name:<12}{entry.value}"
+        for entry in sorted(entry_points(group="mmdiff.commands"), key=lambda e: e.name)
+    ]
     return "usage: mmdiff COMMAND ...\n\ncommands (mmdiff COMMAND --help says more):\n" + "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from .nn.norm import group_norm
 
 
 class Autoencoder(nn.Module, ABC):
-    """encode: data (B, C, *axes) -> latents (B, latent_channels, *axes / factors), of about unit variance; decode: back.
+    """encode: data (B, C, *axes) -> latents (B, latent_channels, *axes / factors) of about unit variance; decode: back.
 
     latent_channels: C of the latents, or None for "as the data's". factors: by what each axis is divided, time first.
     """
@@ -27,6 +27,10 @@ class Autoencoder(nn.Module, ABC):
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(C, *axes) of the latents of data (C, *axes). Raises ValueError for sizes that the factors do not divide."""
+        if len(self.factors) > len(shape) - 1:
+            raise ValueError(
+                f"shape={shape} is (C, *axes) of {len(shape) - 1} axes, too few for factors={list(self.factors)}"
+            )
         factors = (*self.factors, *(1,) * (len(shape) - 1 - len(self.factors)))
         check_sizes(shape[1:], factors)
         return (self.latent_channels or shape[0], *(n // f for n, f in zip(shape[1:], factors, strict=True)))
@@ -69,7 +73,7 @@ class Pool(Autoencoder):
 
 
 class Subsample(Autoencoder):
-    """Latents are every `factor`-th time step, the first included; decoding puts linear steps between and holds the last."""
+    """Latents are every `factor`-th time step from the first on; decoding interpolates linearly and holds the last."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -96,6 +100,7 @@ class Chain(Autoencoder):
         if not parts:
             raise ValueError("a Chain needs at least one part")
         self.parts = nn.ModuleList(parts)
+        self.latent_channels = next((p.latent_channels for p in reversed(parts) if p.latent_channels is not None), None)
         axes = max(len(part.factors) for part in parts)
         padded = [part.factors + (1,) * (axes - len(part.factors)) for part in parts]
         self.factors = tuple(math.prod(f) for f in zip(*padded, strict=True))
@@ -172,8 +177,12 @@ class ConvKL(Autoencoder):
         for a, b, factor in zip(widths, widths[1:], steps, strict=False):
             down += [ConvBlock(a, kernel), Resample(a, b, factor)]
             up = [Resample(b, a, factor, up=True), ConvBlock(a, kernel), *up]
-        self.encoder = nn.Sequential(*down, ConvBlock(widths[-1], kernel), convolution(widths[-1], 2 * latent_channels, kernel))
-        self.decoder = nn.Sequential(convolution(latent_channels, widths[-1], kernel), ConvBlock(widths[-1], kernel), *up)
+        self.encoder = nn.Sequential(
+            *down, ConvBlock(widths[-1], kernel), convolution(widths[-1], 2 * latent_channels, kernel)
+        )
+        self.decoder = nn.Sequential(
+            convolution(latent_channels, widths[-1], kernel), ConvBlock(widths[-1], kernel), *up
+        )
         self.register_buffer("shift", torch.zeros(latent_channels))
         self.register_buffer("scale", torch.ones(latent_channels))
 

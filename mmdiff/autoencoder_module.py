@@ -11,7 +11,7 @@ from .autoencoder import ConvKL
 
 
 class AutoencoderModule(pl.LightningModule):
-    """Reconstruction (L1) plus `kl_weight` times the KL divergence to a standard normal (Kingma & Welling 2014, eq. 10).
+    """Reconstruction (L1) plus `kl_weight` times the KL divergence to N(0, 1) (Kingma & Welling 2014, eq. 10).
 
     Logs train/loss, train/l1, train/kl and val/l1 (of the posterior's mean). kl_weight: per element of the latents.
     """
@@ -34,7 +34,9 @@ class AutoencoderModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         mean, log_variance = self.model.posterior(batch["x"])
         self.model.update_statistics(mean.detach())
-        generator = torch.Generator().manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+        generator = torch.Generator().manual_seed(
+            hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63
+        )
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         l1 = (self.model.decoder(mean + (log_variance / 2).exp() * noise) - batch["x"]).abs().mean()
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()

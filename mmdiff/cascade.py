@@ -14,7 +14,8 @@ from .autoencoder import Autoencoder
 from .conditioning import Batch, LowRes
 from .guidance import cfg
 from .model import DiffusionModel
-from .sampling import Noise, Sampler, start as begin
+from .sampling import Noise, Sampler
+from .sampling import start as begin
 from .sigmas import Sigmas
 
 Shape = tuple[int, ...]
@@ -34,7 +35,7 @@ class Stage(ABC):
 
     @abstractmethod
     def needs(self, shape: Shape, rate: float) -> tuple[Shape, float] | None:
-        """Shape and rate of the clip it must be given to make one of `shape` and `rate`; None where it starts from nothing.
+        """Shape and rate of the clip it must be given to make one of `shape` and `rate`; None: it starts from nothing.
 
         Raises ValueError where no clip would do.
         """
@@ -75,7 +76,11 @@ class Generate(Stage):
             raise ValueError(f"steps={self.steps} must be at least 1")
 
     def lowres(self) -> LowRes | None:
-        found = [] if self.model.conditioner is None else [m for m in self.model.conditioner.modules() if isinstance(m, LowRes)]
+        found = (
+            []
+            if self.model.conditioner is None
+            else [m for m in self.model.conditioner.modules() if isinstance(m, LowRes)]
+        )
         return found[0] if found else None
 
     def needs(self, shape: Shape, rate: float) -> tuple[Shape, float] | None:
@@ -94,11 +99,17 @@ class Generate(Stage):
         negative: Batch | None = None,
         progress: Progress | None = None,
     ) -> Clip:
+        if self.model.training:
+            raise ValueError(
+                "the model is in training mode, where conditions are dropped at random; call model.eval() first"
+            )
         device = next(self.model.parameters()).device
         x = noise(torch.empty(batch_size(prompt), *shape, device=device))
         if self.lowres() is not None:
             if start is None:
-                raise ValueError("an upsampling stage needs the clip of a stage before it; put one first in the cascade")
+                raise ValueError(
+                    "an upsampling stage needs the clip of a stage before it; put one first in the cascade"
+                )
             low = start.data.to(device)
             given = {"low": low, "low_noise": noise(low)}  # one draw for both guided calls
             prompt, negative = {**prompt, **given}, None if negative is None else {**negative, **given}
@@ -168,11 +179,15 @@ class Cascade:
 
     def plan(self, shape: Shape, rate: float) -> list[tuple[Shape, float]]:
         """Shape and rate of every stage's clip, so that the last one makes `shape` at `rate`."""
+        if not self.stages:
+            raise ValueError("stages={} is empty; a cascade needs at least one stage")
         plan: list[tuple[Shape, float]] = []
         need: tuple[Shape, float] | None = (tuple(shape), rate)
-        for name, stage in reversed(self.stages.items()):
+        for name, stage in reversed(list(self.stages.items())):
             if need is None:
-                raise ValueError(f"stage {name!r} stands before one that starts from nothing, so its clip would be lost")
+                raise ValueError(
+                    f"stage {name!r} stands before one that starts from nothing, so its clip would be lost"
+                )
             plan.append(need)
             need = stage.needs(*need)
         if need is not None:
@@ -189,6 +204,12 @@ class Cascade:
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Clip:
         """A clip (B, *shape). progress is called with (stage, steps done, steps in all)."""
+        if negative is not None and all(
+            stage.guidance == 1 for stage in self.stages.values() if isinstance(stage, Generate)
+        ):
+            raise ValueError(
+                "a negative prompt has no effect at guidance=1; raise the guidance of a stage, or give no negative"
+            )
         channels, length, *rest = shape or self.shape
         plan = self.plan((channels, -(-length // self.multiple) * self.multiple, *rest), self.rate)
         clip: Clip | None = None

@@ -1,5 +1,6 @@
 """`mmdiff fit | validate | test | predict`: LightningCLI on the suite's classes, or anyone's LightningModule."""
 
+import argparse
 import sys
 from typing import Any
 
@@ -14,7 +15,9 @@ from .io import trust_policy
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved config to the run's folder, and into every checkpoint, so that it can be exported alone."""
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["config"] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
 
 
@@ -29,11 +32,10 @@ class MmdiffCLI(LightningCLI):
 
 def main(args: list[str]) -> int:
     """Runs LightningCLI on `args`, whose first is the command. Returns the exit status."""
-    trusted, rest = [], []
-    for arg in args:
-        option, _, value = arg.partition("=")
-        (trusted.extend(value.split(",")) if option == "--trust-config-imports" else rest.append(arg))
-    trust_policy(trusted)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--trust-config-imports", action="append", default=[], metavar="PACKAGE[,PACKAGE...]")
+    given, rest = own.parse_known_args(args)
+    trust_policy([name for names in given.trust_config_imports for name in names.split(",")])
     sys.argv[1:] = rest  # LightningCLI warns where both are given and differ
     MmdiffCLI(
         pl.LightningModule,

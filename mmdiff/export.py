@@ -37,7 +37,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint of the one model")
     parser.add_argument("--cascade", type=Path, help="cascade.yaml of a pipeline")
-    parser.add_argument("--stage", action="append", default=[], metavar="NAME=CKPT", help="checkpoint of a pipeline's stage")
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME=CKPT", help="checkpoint of a pipeline's stage"
+    )
     parser.add_argument("--float32", action="store_true", help="store float32; default is float16")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of their average")
     given = parser.parse_args(args)

@@ -41,8 +41,12 @@ def parser(command: str, description: str, pipeline: Path) -> Parser:
     options.add_argument("--sampler", choices=SAMPLERS, help="of the first stage (default: the pipeline's)")
     options.add_argument("--guidance", type=float, help="guidance scale of the first stage; 1 is none")
     options.add_argument("--duration", type=float, metavar="SECONDS", help="length (default: the pipeline's)")
-    options.add_argument("--pipeline", default=str(pipeline), metavar="FOLDER|HUB_ID", help="which model (default: shipped)")
-    options.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="package a pipeline may also name")
+    options.add_argument(
+        "--pipeline", default=str(pipeline), metavar="FOLDER|HUB_ID", help="which model (default: shipped)"
+    )
+    options.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="package a pipeline may also name"
+    )
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     options.add_argument("--preview", action="store_true", help="also a picture of every clip")
     options.add_argument("--batch-size", type=int, default=8, help="clips generated together (default: 8)")
@@ -181,7 +185,12 @@ def run(given: argparse.Namespace, write: Write, length: Callable[["Cascade"], i
         for i, job in enumerate(batch):
             stem = file_stem(given.out, job)
             files = write(stem, type(clip)(clip.data[i : i + 1].cpu(), clip.rate), given.preview)
-            record = {"prompt": job.prompt, "negative": given.negative, "seed": job.seed, "pipeline": str(given.pipeline)}
+            record = {
+                "prompt": job.prompt,
+                "negative": given.negative,
+                "seed": job.seed,
+                "pipeline": str(given.pipeline),
+            }
             record |= {"steps": given.steps, "guidance": given.guidance, "sampler": given.sampler}
             stem.with_name(f"{stem.name}.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             for file in files:

@@ -56,6 +56,10 @@ class DiffusionModule(pl.LightningModule):
         loss = self.loss(batch, (-1, batch_idx, self.global_rank))
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["x"]), sync_dist=True)
 
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        loss = self.loss(batch, (-1, batch_idx, self.global_rank))
+        self.log("test/loss", loss, batch_size=len(batch["x"]), sync_dist=True)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/grad_norm", grad_norm(self.model, 2)["grad_2.0_norm_total"])
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .cascade import Cascade, Stage
-from .io import build, fetch, load, read_config, verify_manifest, write_manifest
 from .config import dump_config
+from .io import build, fetch, load, read_config, verify_manifest, write_manifest
 
 CASCADE = "cascade.yaml"
 
@@ -26,7 +26,9 @@ def read_cascade(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / CASCADE} has no {key!r}; it needs shape, rate and stages")
     for name, model in models(tree).items():
         if Path(model).name != model or not (folder / model).is_dir():
-            raise ValueError(f"{folder / CASCADE}: stage {name!r} names the model {model!r}, which is no folder beside it")
+            raise ValueError(
+                f"{folder / CASCADE}: stage {name!r} names the model {model!r}, which is no folder beside it"
+            )
         if not (folder / model / "model.safetensors").is_file():
             raise ValueError(f"{folder / model} has no model.safetensors: the pipeline is without its weights")
     return tree
@@ -51,7 +53,9 @@ def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = 
     stages: dict[str, Stage] = {}
     for stage_name, stage in tree["stages"].items():
         model = models(tree).get(stage_name)
-        if model is not None:  # built from the model's own config first, so that the stage's arguments are checked as one
+        if (
+            model is not None
+        ):  # built from the model's own config first, so that the stage's arguments are checked as one
             stage = {**stage, "init_args": {**stage["init_args"], "model": read_config(folder / model)}}
         built = build(stage, trusted)
         if not isinstance(built, Stage):

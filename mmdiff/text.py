@@ -4,30 +4,37 @@
 that transformers can load (T5, CLIP, CLAP).
 """
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .nn.embed import sinusoid
 
-PAD, START = 256, 257  # beside the 256 bytes
+LONGEST = 16  # bytes of a piece; longer words, and scripts without spaces, are several
+PIECES = re.compile(r"\w+|[^\w\s]")
 
 
 class ByteTransformer(nn.Module):
-    """Transformer over the UTF-8 bytes of a prompt, trained in place. Convolutions first turn letters into words.
+    """Transformer over the words of a prompt, each made of its UTF-8 bytes by convolutions; trained in place.
 
-    width: D. depth: layers. max_bytes: the longest prompt; a longer one raises ValueError. An empty prompt is the start
-    mark alone. Source: ByT5 (Xue et al. 2022) for bytes, CANINE (Clark et al. 2022, sec. 3) for the local mixing.
+    No vocabulary: any script, any new word. A word means the same wherever it stands, so that little data suffices.
+    width: D. depth: layers. heads: of attention. max_words: the longest prompt, in words and punctuation marks; a longer
+    one raises ValueError. An empty prompt is a start mark alone, which every prompt begins with.
+    Source: CharacterBERT (El Boukkouri et al. 2020) for words from characters, ByT5 (Xue et al. 2022) for bytes.
     """
 
-    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, max_bytes: int = 256) -> None:
+    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, max_words: int = 96) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
-        self.width, self.max_bytes = width, max_bytes
-        self.embed = nn.Embedding(258, width, padding_idx=PAD)
-        self.local = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(2))
+        self.width, self.max_words = width, max_words
+        self.embed = nn.Embedding(257, width, padding_idx=256)
+        self.local = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(2))
+        self.mix = nn.Linear(2 * width, width)
+        self.word_norm = nn.LayerNorm(width)
+        self.start = nn.Parameter(torch.randn(width))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(depth)
@@ -35,40 +42,57 @@ class ByteTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        ids = self.bytes(prompts).to(self.embed.weight.device)  # (B, L)
-        mask = ids != PAD
-        positions = sinusoid(torch.arange(ids.shape[1], device=ids.device), self.width, shortest=4.0)
-        x = self.embed(ids)
-        for convolution in self.local:
-            y = convolution((x * mask[..., None]).transpose(1, 2)).transpose(1, 2)  # padding stays out of its neighbours
-            x = x + nn.functional.gelu(y)
-        x = x + positions
+        split = [self.pieces(prompt) for prompt in prompts]
+        known = {piece: i + 1 for i, piece in enumerate(sorted({piece for pieces in split for piece in pieces}))}
+        table = torch.cat([self.start[None], self.words(list(known))]) if known else self.start[None]
+        longest = 1 + max(len(pieces) for pieces in split)
+        ids = torch.tensor([[0] + [known[p] for p in pieces] + [-1] * (longest - 1 - len(pieces)) for pieces in split])
+        ids = ids.to(table.device)
+        mask = ids >= 0
+        positions = sinusoid(torch.arange(longest, device=ids.device), self.width, shortest=4.0)
+        x = table[ids.clamp(min=0)] + positions.to(table.dtype)  # (B, L, D)
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~mask)
         return self.norm(x), mask
 
-    def bytes(self, prompts: list[str]) -> Tensor:
-        """(B, L) of byte values after a start mark, padded to the longest."""
-        rows = [[START, *prompt.encode()] for prompt in prompts]
-        for prompt, row in zip(prompts, rows, strict=True):
-            if len(row) - 1 > self.max_bytes:
-                raise ValueError(
-                    f"the prompt {prompt[:40]!r}... has {len(row) - 1} bytes, more than max_bytes={self.max_bytes}: shorten it"
-                )
-        longest = max(len(row) for row in rows)
-        return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+    def words(self, pieces: list[bytes]) -> Tensor:
+        """(N, D) of N pieces, from their bytes."""
+        rows = [list(piece) + [256] * (LONGEST - len(piece)) for piece in pieces]
+        ids = torch.tensor(rows, device=self.start.device)
+        there = (ids < 256).unsqueeze(1)  # (N, 1, LONGEST)
+        x = self.embed(ids).transpose(1, 2)
+        for convolution in self.local:
+            x = x + nn.functional.gelu(convolution(x * there))
+        mean = (x * there).sum(dim=2) / there.sum(dim=2)
+        largest = x.masked_fill(~there, -torch.inf).amax(dim=2)
+        return self.word_norm(self.mix(torch.cat([mean, largest], dim=1)))
+
+    def pieces(self, prompt: str) -> list[bytes]:
+        """Words and punctuation marks as bytes, cut at LONGEST. Raises ValueError where there are too many."""
+        words = [word.encode() for word in PIECES.findall(prompt)]
+        pieces = [word[i : i + LONGEST] for word in words for i in range(0, len(word), LONGEST)]
+        if len(pieces) > self.max_words:
+            raise ValueError(
+                f"the prompt {prompt[:40]!r}... has {len(pieces)} words and marks, more than max_words={self.max_words}: shorten it"
+            )
+        return pieces
 
 
 class PretrainedText(nn.Module):
     """Frozen text tower of a pretrained T5, CLIP or CLAP model, through transformers (extra `text`).
 
     path: a folder, or the id of a model on the hub. max_tokens: longer prompts are cut there.
-    D is `width`, the tower's own. Raises ValueError where transformers is missing, the model's type is not known, or the
-    tokenizer knows so few words that every prompt would look alike (transformers 5 does that where files are missing).
+    D is `width`, the tower's own. Raises ValueError where transformers is missing, the model's type is not known, or
+    the tokenizer knows so few words that every prompt would look alike (transformers 5 does that where files are missing).
     """
 
-    TOWERS = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "clap": "ClapTextModel",
-              "clap_text_model": "ClapTextModel"}  # fmt: skip
+    TOWERS: ClassVar[dict[str, str]] = {
+        "t5": "T5EncoderModel",
+        "clip": "CLIPTextModel",
+        "clip_text_model": "CLIPTextModel",
+        "clap": "ClapTextModel",
+        "clap_text_model": "ClapTextModel",
+    }
 
     def __init__(self, path: str, max_tokens: int = 77) -> None:
         super().__init__()
@@ -82,7 +106,9 @@ class PretrainedText(nn.Module):
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         words = ("a red ball", "two dogs bark", "seven")
         if len({tuple(self.tokenizer(w)["input_ids"]) for w in words}) < len(words):
-            raise ValueError(f"the tokenizer of {path} gives different prompts the same ids: its vocabulary files are missing")
+            raise ValueError(
+                f"the tokenizer of {path} gives different prompts the same ids: its vocabulary files are missing"
+            )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tower = getattr(transformers, self.TOWERS[kind]).from_pretrained(path).eval().requires_grad_(False)
@@ -96,6 +122,8 @@ class PretrainedText(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         device = next(self.tower.parameters()).device
-        inputs = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt").to(device)
+        inputs = self.tokenizer(
+            prompts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(device)
         states = self.tower(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
         return states, inputs["attention_mask"].bool()

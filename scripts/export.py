@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmdiff.export import main
 from mmdiff.__main__ import guarded
+from mmdiff.export import main
 
 if __name__ == "__main__":
     sys.exit(guarded("export", main, sys.argv[1:]))

@@ -15,8 +15,8 @@ and writes one clip and one sound, each with a preview picture, to outputs/. A s
 
 environment:
   PYTHON=/path/to/python3.11   the Python to use
-  PIP_INDEX_URL=..., PIP_...   as pip reads them. For torch without CUDA, about 1.5 GB instead of 6:
-                               PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+  PIP_...                      as pip reads them. With PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL
+                               the environment takes about 1.5 GB instead of 6
 HELP
         exit 0
         ;;

@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from video.commands import txt2vid
 from mmdiff.__main__ import guarded
+from video.commands import txt2vid
 
 if __name__ == "__main__":
     sys.exit(guarded("txt2vid", txt2vid, sys.argv[1:]))

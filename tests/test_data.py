@@ -192,6 +192,7 @@ def test_what_is_missing_is_named(tmp_path, media):
     for name, data in more.items():
         (root / name).write_bytes(data)
     (root / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "caption": "gone"}')
+    (root / "LICENSE-CC-BY.txt").write_text("not a caption")
     for path, places in ((shard.parent, ("train-0.tar:lonely", "train-0.tar:bad.mp4", "train-0.tar:mute.mp4")),
                          (root, ("lonely.json", "bad.mp4", "mute.mp4", "gone.mp4"))):  # fmt: skip
         source = load_source(path, (".mp4",), val_share=0)
@@ -204,7 +205,7 @@ def test_what_is_missing_is_named(tmp_path, media):
             pytest.raises(ValueError, match="lack media or caption"),
         ):
             videos(path).setup()
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="left out") as caught:
             videos(path, max_bad_share=0.5).setup()
         assert len(caught) == len(places)
 
@@ -241,7 +242,8 @@ def test_wrong_arguments_are_named():
     for options, match in (({"batch_size": 0}, "batch_size=0"), ({"num_workers": -1}, "num_workers=-1"),
                            ({"caption": "all"}, "caption='all'"), ({"val_share": 1}, "val_share=1"),
                            ({"max_bad_share": 2}, "max_bad_share=2"), ({"limit": 0}, "limit=0"),
-                           ({"frames": 0}, "frames=0"), ({"size": (0, 4)}, "size="), ({"fps": 0}, "fps=0")):  # fmt: skip
+                           ({"frames": 0}, "frames=0"), ({"size": (0, 4)}, "size="),
+                           ({"fps": 0}, "fps=0")):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             videos(Path("x"), **options)
     for options in ({"sample_rate": 0}, {"samples": 0}, {"channels": 0}):

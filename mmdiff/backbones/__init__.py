@@ -1,4 +1,4 @@
-"""Networks with one forward: `(x, c_noise, cond) -> x-shaped`. Import them into any project; torch and einops suffice."""
+"""Networks with one forward: `(x, c_noise, cond) -> x-shaped`. For any project: torch and einops suffice."""
 
 from .unet import UNet
 

@@ -69,8 +69,8 @@ class UNet(nn.Module):
         axes: 1 for (B, C, T), 2 for (B, C, T, F), 3 for (B, C, T, H, W).
         in_channels, out_channels: channels of x and of the result (default: the same).
         channels: width of the first level; `multipliers` gives each level's as a multiple of it.
-        factors: one tuple for each step between levels, by what each axis is divided; default 2 on every axis. A 1 keeps
-            an axis, so [1, 2, 2] keeps time.
+        factors: one tuple for each step between levels, by what each axis is divided; default 2 on every axis. A 1
+            keeps an axis, so [1, 2, 2] keeps time.
         blocks: residual blocks in each level, down and up alike.
         kernels: kernels that follow one another in a convolution. Default one of 3 on every axis;
             [[1, 3, 3]] leaves time to attention, [[1, 3, 3], [3, 1, 1]] is (2+1)-D (Tran et al. 2018).
@@ -108,18 +108,30 @@ class UNet(nn.Module):
         levels = len(multipliers)
         if axes not in (1, 2, 3):
             raise ValueError(f"axes={axes} must be 1, 2 or 3")
+        if blocks < 1:
+            raise ValueError(f"blocks={blocks} must be at least 1")
+        if not multipliers or multipliers[0] != 1:
+            raise ValueError(
+                f"multipliers={list(multipliers)} must start with 1: `channels` is the first level's width"
+            )
         factors = [(2,) * axes] * (levels - 1) if factors is None else factors
         kernels = [(3,) * axes] if kernels is None else kernels
         attend = [[]] * levels if attend is None else attend
         cross = [tokens_width > 0] * levels if cross is None else cross
         patch = (1,) * axes if patch is None else patch
-        for name, given, expected in (("factors", factors, levels - 1), ("attend", attend, levels), ("cross", cross, levels)):
+        for name, given, expected in (
+            ("factors", factors, levels - 1),
+            ("attend", attend, levels),
+            ("cross", cross, levels),
+        ):
             if len(given) != expected:
                 raise ValueError(f"{name} has {len(given)} entries, but {levels} multipliers need {expected}")
         for name, tuples in (("factors", factors), ("kernels", kernels), ("patch", [patch])):
-            for given in tuples:
-                if len(given) != axes:
-                    raise ValueError(f"{name}: {list(given)} has {len(given)} numbers, but axes={axes}")
+            for entry in tuples:
+                if len(entry) != axes or min(entry) < 1:
+                    raise ValueError(
+                        f"{name}: {list(entry)} must be {axes} numbers from 1 up, one for each of axes={axes}"
+                    )
         if any(cross) and not tokens_width:
             raise ValueError("cross is set, but tokens_width=0: give the width of the text encoder's tokens")
         self.tokens_width, self.vector_width, self.concat_channels = tokens_width, vector_width, concat_channels
@@ -153,8 +165,6 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([block(c, levels - 1), block(c, levels - 1)])
         self.norm = group_norm(channels)
         self.head = convolution(channels, (out_channels or in_channels) * cells, (3,) * axes, zero=True)
-        if widths[0] != channels:
-            raise ValueError(f"multipliers={list(multipliers)} must start with 1, the first level's width is `channels`")
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
         self.check(x, c_noise, cond)
@@ -166,7 +176,7 @@ class UNet(nn.Module):
         x = self.stem(fold_cells(x, self.patch))
         skips, embeddings = [], []
         for level, blocks in enumerate(self.down):
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, embedding, tokens, mask)
                 skips.append(x)
             embeddings.append(embedding)
@@ -176,7 +186,7 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, embedding, tokens, mask)
         for level in reversed(range(len(self.up))):
-            for block in self.up[level]:  # type: ignore[union-attr]
+            for block in self.up[level]:  # type: ignore[attr-defined]
                 x = block(torch.cat([x, skips.pop()], dim=1), embeddings[level], tokens, mask)
             if level:
                 x = self.grow[level - 1](x)
@@ -185,13 +195,21 @@ class UNet(nn.Module):
     def check(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> None:
         """Raises ValueError where the input does not fit the network."""
         if x.ndim != 2 + len(self.patch):
-            raise ValueError(f"x has shape {tuple(x.shape)}; a network of {len(self.patch)} axes takes {2 + len(self.patch)} dimensions")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; axes={len(self.patch)} takes {2 + len(self.patch)} dimensions"
+            )
         check_sizes(x.shape[2:], self.multiples)
         if c_noise.shape not in {(x.shape[0],), (x.shape[0], x.shape[2])}:
             raise ValueError(f"c_noise has shape {tuple(c_noise.shape)}; x {tuple(x.shape)} needs (B,) or (B, T)")
-        for name, width in (("tokens", self.tokens_width), ("vector", self.vector_width), ("concat", self.concat_channels)):
+        for name, width in (
+            ("tokens", self.tokens_width),
+            ("vector", self.vector_width),
+            ("concat", self.concat_channels),
+        ):
             slot = None if cond is None else getattr(cond, name)
             found = 0 if slot is None else slot.shape[1 if name == "concat" else -1]
             if found != width:
                 setting = "concat_channels" if name == "concat" else f"{name}_width"
                 raise ValueError(f"cond.{name} has width {found}, but the network was built with {setting}={width}")
+        if cond is not None and cond.concat is not None and cond.concat.shape[2:] != x.shape[2:]:
+            raise ValueError(f"cond.concat has sizes {tuple(cond.concat.shape[2:])}, but x has {tuple(x.shape[2:])}")

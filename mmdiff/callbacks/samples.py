@@ -62,17 +62,18 @@ class Samples(pl.Callback):
         experiment = getattr(trainer.logger, "experiment", None)
         if not hasattr(experiment, "add_image"):
             return
-        model, batch = pl_module.model, self.batch
+        model: Any = pl_module.model
+        batch = self.batch
         latents = model.encode(batch["x"])
         noise = seeded_noise(range(len(latents)))
-        stage = Generate(model, self.sigmas, self.sampler, self.steps, self.guidance)  # type: ignore[arg-type]
-        rate = float(batch["rate"][0]) / model.autoencoder.factors[0]  # type: ignore[union-attr,operator,index]
+        stage = Generate(model, self.sigmas, self.sampler, self.steps, self.guidance)
+        rate = float(batch["rate"][0]) / model.autoencoder.factors[0]
         lowres, start = stage.lowres(), None
         if lowres is not None:
             start = Clip(lowres.degrade.encode(latents), rate / lowres.degrade.factors[0])
         clip = stage(batch, start, shape=tuple(latents.shape[1:]), rate=rate, noise=noise)
         data, rate = clip.data, clip.rate
         if self.decode:
-            data, rate = model.autoencoder.decode(data), float(batch["rate"][0])  # type: ignore[union-attr,operator]
+            data, rate = model.autoencoder.decode(data), float(batch["rate"][0])
         captions = list(batch.get("caption", [""] * len(data)))
         self.show(experiment, "samples", data, rate, captions, trainer.global_step)

@@ -200,9 +200,10 @@ class ClipDataModule(LightningDataModule, ABC):
                 warnings.warn(f"left out of {split}: {line}", stacklevel=2)
             if len(problems) > self.max_bad_share * (len(items) + len(problems)):
                 raise ValueError(
-                    f"{self.path}: {len(problems)} of {len(items) + len(problems)} {split} entries lack media or caption, "
-                    f"more than max_bad_share={self.max_bad_share}; repair them, raise max_bad_share, or set caption "
-                    f"to none if it is captions that lack: {'; '.join(problems[:10])}{' ...' if problems[10:] else ''}"
+                    f"{self.path}: {len(problems)} of {len(items) + len(problems)} {split} entries lack media or "
+                    f"caption, more than max_bad_share={self.max_bad_share}; repair them, raise max_bad_share, or set "
+                    "caption to none if it is captions that lack: "
+                    f"{'; '.join(problems[:10])}{' ...' if problems[10:] else ''}"
                 )
             self.datasets[split] = ClipDataset(
                 items[: self.limit],

@@ -19,6 +19,7 @@ SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 _MAX_TEXT_BYTES = 1 << 20
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_NO_CAPTIONS = ("readme", "licen", "notice", "copying", "dataset", "metadata", "info", "index")  # how other texts start
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,12 @@ def _from_folder(root: Path, suffixes: tuple[str, ...]) -> dict[str, list[Item |
                 continue
             key = stem.relative_to(base).as_posix()
             entries.append(Item(key, where, captions, meta, file, None, file.stat().st_size))
-        for text in files:  # a caption that lost its media
-            if text.suffix.lower() in (".txt", ".json") and text.with_suffix("") not in taken and media:
-                if any(text.parent == file.parent for file in media) and "readme" not in text.name.lower():
-                    entries.append(f"{text.relative_to(root)}: has a caption but no media")
+        folders = {file.parent for file in media}
+        for text in files:  # captions that lost their media, among the media
+            if text.suffix.lower() not in (".txt", ".json") or text.with_suffix("") in taken:
+                continue
+            if text.parent in folders and not text.name.lower().startswith(_NO_CAPTIONS):
+                entries.append(f"{text.relative_to(root)}: has a caption but no media")
         missing = [file for file in rows if file.is_relative_to(base) and not file.is_file()]
         entries += [f"{file.relative_to(root)}: named in a metadata file but not there" for file in missing]
     return found

@@ -42,6 +42,10 @@ class AxisAttention(nn.Module):
             raise ValueError(f"channels={channels} is not a multiple of head_channels={head_channels}")
         if len(set(pattern)) != len(pattern) or not set(pattern) <= set(range(axes)) or not pattern:
             raise ValueError(f"attend={list(pattern)} must name different axes out of {list(range(axes))}")
+        if head_channels < 2 * len(pattern):
+            raise ValueError(
+                f"head_channels={head_channels} must be at least {2 * len(pattern)}: 2 for each axis of {list(pattern)}"
+            )
         self.pattern, self.head_channels = tuple(pattern), head_channels
         names = ["t", "h", "w"][:axes]
         over = " ".join(names[i] for i in self.pattern)
@@ -69,8 +73,8 @@ class AxisAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Residual attention from every position of (B, C, *axes) to the tokens of a condition.
 
-    tokens (B, L, W), mask (B, L) bool with True = attend. A row that may attend to nothing gets zero. Starts as the
-    identity.
+    tokens (B, L, W), mask (B, L) bool with True = attend. A row that may attend to nothing gets the output's
+    bias alone. Starts as the identity.
     """
 
     def __init__(self, channels: int, tokens_width: int, head_channels: int = 32) -> None:
@@ -88,7 +92,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
         q = rearrange(self.query(y), "b n (h d) -> b h n d", d=self.head_channels)
-        k, v = rearrange(self.key_value(self.tokens_norm(tokens)), "b l (two h d) -> two b h l d", two=2, d=self.head_channels)
+        k, v = rearrange(
+            self.key_value(self.tokens_norm(tokens)), "b l (two h d) -> two b h l d", two=2, d=self.head_channels
+        )
         attend = None
         if mask is not None:
             some = mask.any(dim=1)[:, None, None, None]

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
 
 
 def convolution(c_in: int, c_out: int, kernel: Sequence[int], zero: bool = False) -> nn.Module:
@@ -75,7 +79,7 @@ def legal_sizes(size: int, multiple: int) -> str:
 
 
 def check_sizes(sizes: Sequence[int], multiples: Sequence[int]) -> None:
-    """Raises ValueError, naming the nearest legal size, where a size is no multiple of what the network divides it by."""
+    """Raises ValueError, naming the nearest legal sizes, where a size is no multiple of what divides it."""
     names = {1: ("T",), 2: ("T", "F"), 3: ("T", "H", "W")}[len(multiples)]
     for name, size, multiple in zip(names, sizes, multiples, strict=True):
         if size % multiple:

@@ -29,7 +29,7 @@ class NoiseEmbedding(nn.Module):
         self.vector = nn.Linear(vector_width, width) if vector_width else None
 
     def forward(self, c_noise: Tensor, vector: Tensor | None = None) -> Tensor:
-        features = sinusoid(c_noise, self.width).to(self.noise[0].weight.dtype)  # type: ignore[union-attr]
+        features = sinusoid(c_noise, self.width).to(next(self.parameters()).dtype)
         embedding = self.noise(features)  # (B, D) or (B, T, D)
         if self.vector is not None and vector is not None:
             added = self.vector(vector)

@@ -1,0 +1,165 @@
+"""Autoencoders: what encoding keeps, shapes that come out as promised, latents of unit variance."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdiff.autoencoder import Autoencoder, Chain, ConvKL, Identity, Pool, Subsample
+from mmdiff.autoencoder_module import AutoencoderModule
+
+CASES: list[tuple[Autoencoder, tuple[int, ...]]] = [
+    (Identity(), (2, 5, 3)),
+    (Pool([2]), (3, 6)),
+    (Pool([1, 2, 3]), (2, 5, 4, 6)),
+    (Subsample(3), (1, 9, 2)),
+    (Chain([Subsample(2), Pool([1, 2, 2])]), (3, 4, 6, 2)),
+    (ConvKL(2, 3, [[2], [3]], width=4), (2, 12)),
+    (ConvKL(1, 2, [[1, 2], [2, 2]], width=4), (1, 6, 8)),
+    (ConvKL(3, 4, [[1, 2, 2]], width=4, kernel=[1, 3, 3]), (3, 1, 4, 2)),
+    (Chain([ConvKL(1, 2, [[2, 2]], width=4), Pool([3, 1])]), (1, 6, 4)),
+]
+
+
+def name(case: Any) -> str:
+    return repr(case).split("(")[0] if isinstance(case, Autoencoder) else ""
+
+
+@pytest.mark.parametrize(("autoencoder", "shape"), CASES, ids=name)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_shapes_are_as_promised(autoencoder: Autoencoder, shape: tuple[int, ...], batch: int) -> None:
+    x = torch.randn(batch, *shape)
+    z = autoencoder.encode(x)
+    assert z.shape == (batch, *autoencoder.latent_shape(shape))
+    assert z.shape[1] == (autoencoder.latent_channels or shape[0])
+    factors = (*autoencoder.factors, *(1,) * len(shape))
+    assert [n // f for n, f in zip(shape[1:], factors, strict=False)] == list(z.shape[2:])
+    assert autoencoder.decode(z).shape == x.shape
+
+
+def test_identity_is_the_identity() -> None:
+    x = torch.randn(1, 2, 3)
+    assert Identity().encode(x) is x
+    assert Identity().decode(x) is x
+
+
+@pytest.mark.parametrize("factor", [1, 2, 5])
+def test_subsample_keeps_known_frames_exactly(factor: int) -> None:
+    z = torch.randn(2, 3, 4, 5)
+    subsample = Subsample(factor)
+    full = subsample.decode(z)
+    assert torch.equal(full[:, :, ::factor], z)
+    assert torch.equal(subsample.encode(full), z)
+    assert torch.equal(full[:, :, -factor:], z[:, :, -1:].expand(2, 3, factor, 5))  # the last is held
+
+
+def test_subsample_puts_linear_steps_between() -> None:
+    line = torch.arange(0.0, 12).reshape(1, 1, 12)
+    full = Subsample(4).decode(line[:, :, ::4])
+    torch.testing.assert_close(full[:, :, :9], line[:, :, :9])
+
+
+def test_pool_takes_means_and_keeps_constants() -> None:
+    x = torch.arange(8.0).reshape(1, 1, 2, 4)
+    assert Pool([2, 2]).encode(x).flatten().tolist() == [2.5, 4.5]
+    constant = torch.full((1, 2, 4, 6), 0.3)
+    pool = Pool([2, 3])
+    torch.testing.assert_close(pool.decode(pool.encode(constant)), constant)
+
+
+def test_chain_is_one_after_the_other() -> None:
+    first, second = Subsample(2), Pool([1, 2])
+    x = torch.randn(2, 1, 4, 6)
+    chain = Chain([first, second])
+    assert chain.factors == (2, 2)
+    assert torch.equal(chain.encode(x), second.encode(first.encode(x)))
+    z = chain.encode(x)
+    assert torch.equal(chain.decode(z), first.decode(second.decode(z)))
+    assert Chain([Identity(), ConvKL(1, 5, [[2]], width=4), Identity()]).latent_channels == 5
+    with pytest.raises(ValueError, match="at least one part"):
+        Chain([])
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "shape", "message"),
+    [
+        (Pool([2, 4]), (1, 4, 6), "F=6 is not a multiple of 4; nearest: 4 or 8"),
+        (Subsample(4), (1, 6, 3), "T=6 is not a multiple of 4; nearest: 4 or 8"),
+        (ConvKL(1, 1, [[2], [4]], width=4), (1, 12), "T=12 is not a multiple of 8; nearest: 8 or 16"),
+    ],
+    ids=["pool", "subsample", "convkl"],
+)
+def test_illegal_sizes_name_the_nearest_legal_ones(
+    autoencoder: Autoencoder, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        autoencoder.encode(torch.randn(1, *shape))
+    with pytest.raises(ValueError, match=message):
+        autoencoder.latent_shape(shape)
+
+
+def test_too_few_axes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape=\(1, 8\) is \(C, \*axes\) of 1 axes, too few for factors=\[2, 2\]"):
+        Pool([2, 2]).latent_shape((1, 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Pool([]), r"factors=\[\] must be one to three"),
+        (lambda: Pool([2, 0]), r"factors=\[2, 0\]"),
+        (lambda: Subsample(0), "factor=0 must be 1 or more"),
+        (lambda: ConvKL(1, 1, []), r"steps=\[\] must be tuples of one length"),
+        (lambda: ConvKL(1, 1, [[2], [2, 2]]), r"steps=\[\[2\], \[2, 2\]\]"),
+        (lambda: ConvKL(1, 1, [[2]], kernel=[3, 3]), r"kernel=\[3, 3\] has 2 lengths, but steps have 1 axes"),
+        (lambda: AutoencoderModule(ConvKL(1, 1, [[2]]), kl_weight=-1), "kl_weight=-1 must not be negative"),
+    ],
+)
+def test_wrong_settings_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_statistics_bring_latents_to_mean_0_and_variance_1_and_decoding_undoes_them() -> None:
+    model = ConvKL(1, 3, [[2]], width=8)
+    x = 3 + 2 * torch.randn(64, 1, 32)
+    plain = model.decode(model.posterior(x)[0])  # shift 0, scale 1
+    for _ in range(400):
+        model.update_statistics(model.posterior(x)[0])
+    z = model.encode(x)
+    torch.testing.assert_close(z.mean(dim=(0, 2)), torch.zeros(3), atol=2e-2, rtol=0)
+    torch.testing.assert_close(z.std(dim=(0, 2)), torch.ones(3), atol=2e-2, rtol=0)
+    torch.testing.assert_close(model.decode(z), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_training_step_reaches_every_parameter(axes: int) -> None:
+    model = ConvKL(2, 3, [(2,) * axes, (1,) * axes], width=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    module = AutoencoderModule(model)
+    module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    batch = {"x": torch.randn(2, 2, *(4,) * axes)}
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.count_nonzero() == 0] == []
+    state = torch.get_rng_state()
+    model.shift.zero_(), model.scale.fill_(1)
+    assert torch.equal(module.training_step(batch, 0), loss)
+    assert not torch.equal(module.training_step(batch, 1), loss)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_kl_is_zero_for_a_standard_normal_posterior() -> None:
+    class Standard(ConvKL):
+        def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)
+
+    logged: dict[str, Tensor] = {}
+    module = AutoencoderModule(Standard(1, 1, [[2]], width=4), kl_weight=2.0)
+    module.log_dict = lambda values, **kwargs: logged.update(values)  # type: ignore[method-assign]
+    module.training_step({"x": torch.randn(1, 1, 8)}, 0)
+    assert logged["train/kl"] == 0
+    assert torch.equal(logged["train/loss"], logged["train/l1"])
