@@ -85,7 +85,7 @@ def digits() -> Task:
         attributes=("digit", "speaker"),
         turns=(("digit",), ("speaker",)),
         reader=SpeechReader,
-        recipe=Recipe(epochs=20),
+        recipe=Recipe(epochs=12),
         show=wavs,
     )
 

@@ -1,9 +1,12 @@
 """The `mmdiff` command. Nothing heavy is imported before a command is chosen."""
 
+import ast
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 from . import __version__
 
@@ -15,13 +18,22 @@ LIGHTNING = {
 }
 
 
+def summary(entry: EntryPoint) -> str:
+    """First line of a command's docstring, read from its source: importing it would import torch."""
+    try:
+        spec = importlib.util.find_spec(entry.module)
+        source = Path(spec.origin).read_text("utf-8") if spec is not None and spec.origin is not None else ""
+    except (ImportError, OSError):
+        source = ""
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == entry.attr]
+    return ((ast.get_docstring(found[0]) or "").splitlines() or [""])[0] if found else f"(not found: {entry.value})"
+
+
 def usage() -> str:
     """Help of the command: its own commands and those that packages add through the group `mmdiff.commands`."""
-    lines = [f"  {name:<12}{text}" for name, text in LIGHTNING.items()]
-    lines += [
-        f"  {entry.name:<12}{entry.value}"
-        for entry in sorted(entry_points(group="mmdiff.commands"), key=lambda e: e.name)
-    ]
+    added = sorted(entry_points(group="mmdiff.commands"), key=lambda entry: entry.name)
+    commands = {**LIGHTNING, **{entry.name: summary(entry) for entry in added}}
+    lines = [f"  {name:<12}{text}" for name, text in commands.items()]
     return "usage: mmdiff COMMAND ...\n\ncommands (mmdiff COMMAND --help says more):\n" + "\n".join(lines)
 
 
@@ -29,7 +41,7 @@ def guarded(name: str, command: Callable[[list[str]], int], args: list[str]) -> 
     """Runs a command. A wrong value ends in one line on stderr and status 2; MMDIFF_DEBUG=1 shows the traceback."""
     try:
         return command(args) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("MMDIFF_DEBUG"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
@@ -63,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print(f"mmdiff: error: {name!r} is not a command; mmdiff --help lists them", file=sys.stderr)
         return 2
-    return guarded(name, next(iter(found)).load(), args[1:])
+    return guarded(name, lambda rest: next(iter(found)).load()(rest), args[1:])
 
 
 if __name__ == "__main__":

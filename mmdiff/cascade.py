@@ -228,7 +228,12 @@ class Cascade:
                 stage.autoencoder.to(device)
         return self
 
+    @property
+    def first(self) -> Stage:
+        """The stage that starts from nothing."""
+        return next(iter(self.stages.values()))
+
     def with_base(self, **settings: object) -> "Cascade":
         """The same cascade with other settings (steps, sampler, sigmas, guidance) of its first stage."""
-        name, base = next(iter(self.stages.items()))
-        return replace(self, stages={**self.stages, name: replace(base, **settings)})  # type: ignore[type-var]
+        name = next(iter(self.stages))
+        return replace(self, stages={**self.stages, name: replace(self.first, **settings)})  # type: ignore[type-var]

@@ -31,7 +31,11 @@ class MmdiffCLI(LightningCLI):
 
 
 def main(args: list[str]) -> int:
-    """Runs LightningCLI on `args`, whose first is the command. Returns the exit status."""
+    """Runs LightningCLI on `args`, whose first is the command. Returns the exit status.
+
+    A config may name classes of mmdiff, video, audio, torch.nn, torch.optim and lightning.pytorch;
+    `--trust-config-imports PACKAGE` adds another package, of the user's own.
+    """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--trust-config-imports", action="append", default=[], metavar="PACKAGE[,PACKAGE...]")
     given, rest = own.parse_known_args(args)

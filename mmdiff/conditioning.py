@@ -57,7 +57,8 @@ class Text(Conditioner):
     """Prompts of `batch[key]` through a text encoder: tokens and mask, and their maximum over L as vector.
 
     The maximum keeps a word's mark however long the prompt is, where a mean thins it out (Shen et al. 2018, SWEM-max):
-    a classifier of the sprite captions reads four attributes right after 200 steps of training, with the mean not yet after 400.
+    a classifier of the sprite captions reads four attributes right after 200 steps of training, with the mean not
+    yet after 400.
 
     encoder: `mmdiff.text.ByteTransformer`, `mmdiff.text.PretrainedText`, or any module that maps list[str] to
     (tokens (B, L, D), mask (B, L)). A dropped or null prompt is the empty string.

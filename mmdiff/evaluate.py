@@ -281,6 +281,8 @@ def main(args: list[str]) -> int:
         value = getattr(options, option)
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')} {value} is below {least}")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise ValueError(f"--guidance {options.guidance} is not a finite number")
     if not Path(options.data).expanduser().exists():
         raise ValueError(
             f"--data {options.data} does not exist (working directory {Path.cwd()}); give the data's folder"

@@ -32,7 +32,7 @@ def export_model(checkpoint: Path, folder: Path, half: bool = True, raw: bool = 
 
 
 def main(args: list[str]) -> int:
-    """The command: one checkpoint to a model folder, or several to a pipeline."""
+    """Makes a model folder of a training checkpoint, or a pipeline of several."""
     parser = argparse.ArgumentParser("mmdiff export", description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint of the one model")
@@ -56,7 +56,7 @@ def main(args: list[str]) -> int:
     needed = set(models(tree))
     if unknown := set(checkpoints) - needed:
         raise ValueError(f"{given.cascade} has no stage with a model called {', '.join(sorted(unknown))}")
-    for name, model in models(tree).items():
+    for name, (_, model) in models(tree).items():
         if name in checkpoints:
             print(export_model(Path(checkpoints[name]), given.out / model, not given.float32, given.raw))
         elif not (given.out / model).is_dir():

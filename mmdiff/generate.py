@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from tqdm import tqdm
+
 if TYPE_CHECKING:
     from .cascade import Cascade, Clip
     from .sampling import Sampler
@@ -139,6 +141,44 @@ def file_stem(folder: Path, job: Job) -> Path:
     return folder / f"{max(taken, default=-1) + 1:04d}-{words}-seed{job.seed}"
 
 
+class Bars:
+    """A progress bar for each stage of a cascade."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bars: dict[str, tqdm] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.bars:
+            self.bars[stage] = tqdm(total=total, desc=f"{self.title} {stage}")
+        self.bars[stage].update(done - self.bars[stage].n)
+        if done == total:
+            self.bars[stage].close()
+
+
+def with_options(cascade: "Cascade", given: argparse.Namespace) -> "Cascade":
+    """The cascade with the first stage's settings that the options name."""
+    from .cascade import Generate
+
+    settings = {"steps": given.steps, "guidance": given.guidance}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if given.sampler is not None:
+        settings["sampler"] = pick_sampler(given.sampler)
+    if not isinstance(cascade.first, Generate):
+        raise ValueError(f"--pipeline {given.pipeline}: its first stage is a {type(cascade.first).__name__}, no model")
+    return cascade.with_base(**settings)
+
+
+def check_length(steps: int, cascade: "Cascade") -> None:
+    """Raises ValueError unless a clip of that many time steps is one that the cascade can make."""
+    longest = LONGEST * cascade.shape[1]
+    if not 1 <= steps <= longest:
+        raise ValueError(
+            f"{steps / cascade.rate:g} s are outside {1 / cascade.rate:g}..{longest / cascade.rate:g} s, "
+            f"which this pipeline can make; choose another --duration"
+        )
+
+
 def run(given: argparse.Namespace, write: Write, length: Callable[["Cascade"], int]) -> int:
     """Generates what the options ask for, writes it with `write` and prints the files. Returns the exit status.
 
@@ -149,50 +189,27 @@ def run(given: argparse.Namespace, write: Write, length: Callable[["Cascade"], i
     check_folder(given.out)
     device = pick_device(given.device)
 
-    from tqdm import tqdm
-
+    from .cascade import Clip
     from .pipeline import load_pipeline
     from .sampling import seeded_noise
 
-    cascade = load_pipeline(given.pipeline, given.trust).to(device)
-    settings = {"steps": given.steps, "guidance": given.guidance}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if given.sampler is not None:
-        settings["sampler"] = pick_sampler(given.sampler)
-    cascade = cascade.with_base(**settings)
-    steps, longest = length(cascade), LONGEST * cascade.shape[1]
-    if not 1 <= steps <= longest:
-        raise ValueError(
-            f"{steps / cascade.rate:g} s are outside {1 / cascade.rate:g}..{longest / cascade.rate:g} s, "
-            f"which this pipeline can make; choose another --duration"
-        )
-    shape = (cascade.shape[0], steps, *cascade.shape[2:])
+    cascade = with_options(load_pipeline(given.pipeline, given.trust).to(device), given)
+    steps = length(cascade)
+    check_length(steps, cascade)
+    settings = {name: str(value) for name, value in vars(cascade.first).items() if name != "model"}
     for first in range(0, len(todo), given.batch_size):
         batch = todo[first : first + given.batch_size]
-        bars: dict[str, tqdm] = {}
-
-        def progress(stage: str, done: int, total: int, bars: dict[str, tqdm] = bars, first: int = first) -> None:
-            if stage not in bars:
-                bars[stage] = tqdm(total=total, desc=f"clips {first + 1}-{first + len(batch)}/{len(todo)} {stage}")  # noqa: B023
-            bars[stage].update(done - bars[stage].n)
-
-        prompt = {"caption": [job.prompt for job in batch]}
-        negative = None if given.negative is None else {"caption": [given.negative] * len(batch)}
-        noise = seeded_noise([job.seed for job in batch])
-        clip = cascade(prompt, noise=noise, shape=shape, negative=negative, progress=progress)
-        for bar in bars.values():
-            bar.close()
-        for i, job in enumerate(batch):
+        clip = cascade(
+            {"caption": [job.prompt for job in batch]},
+            noise=seeded_noise([job.seed for job in batch]),
+            shape=(cascade.shape[0], steps, *cascade.shape[2:]),
+            negative=None if given.negative is None else {"caption": [given.negative] * len(batch)},
+            progress=Bars(f"clips {first + 1}-{first + len(batch)} of {len(todo)}:"),
+        )
+        for data, job in zip(clip.data.cpu().split(1), batch, strict=True):
             stem = file_stem(given.out, job)
-            files = write(stem, type(clip)(clip.data[i : i + 1].cpu(), clip.rate), given.preview)
-            record = {
-                "prompt": job.prompt,
-                "negative": given.negative,
-                "seed": job.seed,
-                "pipeline": str(given.pipeline),
-            }
-            record |= {"steps": given.steps, "guidance": given.guidance, "sampler": given.sampler}
-            stem.with_name(f"{stem.name}.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-            for file in files:
+            for file in write(stem, Clip(data, clip.rate), given.preview):
                 print(file)
+            record = {"prompt": job.prompt, "negative": given.negative, "seed": job.seed, "pipeline": given.pipeline}
+            stem.with_name(f"{stem.name}.json").write_text(json.dumps(record | settings, indent=2) + "\n", "utf-8")
     return 0

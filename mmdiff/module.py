@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor
 
 from .density import SigmaDensity
+from .io import load
 from .model import DiffusionModel
 
 
@@ -19,6 +20,8 @@ class DiffusionModule(pl.LightningModule):
         model: what is trained. density: distribution of sigma.
         optimizer: of the model's trainable parameters. scheduler: stepped after every optimizer step; None is constant.
         seed: of noise, noise levels, condition dropout. They are a function of (seed, epoch, batch, rank) alone.
+        autoencoder_weights: model folder of the trained autoencoder, exported from an `AutoencoderModule`, whose
+            weights `model.autoencoder` takes. ValueError where it has weights and this is not given.
 
     A batch needs "x": (B, C, T, ...) in [-1, 1], and what the conditioner reads. Logs train/loss, train/grad_norm and
     val/loss, whose noise and levels are the same at every validation.
@@ -31,8 +34,16 @@ class DiffusionModule(pl.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
+        autoencoder_weights: str | None = None,
     ) -> None:
         super().__init__()
+        if autoencoder_weights is not None:
+            model.autoencoder.load_state_dict(load(autoencoder_weights).state_dict())
+        elif any(True for _ in model.autoencoder.parameters()):
+            raise ValueError(
+                f"the autoencoder {type(model.autoencoder).__name__} has weights, but autoencoder_weights is not "
+                "given: train it with mmdiff.autoencoder_module.AutoencoderModule, export it, and name the folder"
+            )
         self.model, self.density = model, density
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed = seed

@@ -1,7 +1,8 @@
 """A pipeline is a folder: cascade.yaml, and a model folder for each stage that has weights.
 
 cascade.yaml holds `shape` (C, T, ...) and `rate` of the clip it makes unless asked otherwise, `multiple`, and `stages`:
-names to `class_path` trees, in order. A stage's `model` is the name of a folder beside the file.
+names to `class_path` trees, in order. A stage's `model` or `autoencoder`, where it is a plain name and no tree, is the
+model folder of that name beside the file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,14 @@ CASCADE = "cascade.yaml"
 
 
 def read_cascade(folder: Path) -> dict[str, Any]:
-    """The tree in a pipeline folder's cascade.yaml. Raises ValueError where it, or a model that it names, is missing."""
+    """The tree in a pipeline folder's cascade.yaml. Raises ValueError where it, or a model it names, is missing."""
     if not (folder / CASCADE).is_file():
         raise ValueError(f"{folder} is no pipeline: it has no {CASCADE}")
     tree = read_config(folder / CASCADE)
     for key in ("shape", "rate", "stages"):
         if key not in tree:
             raise ValueError(f"{folder / CASCADE} has no {key!r}; it needs shape, rate and stages")
-    for name, model in models(tree).items():
+    for name, (_, model) in models(tree).items():
         if Path(model).name != model or not (folder / model).is_dir():
             raise ValueError(
                 f"{folder / CASCADE}: stage {name!r} names the model {model!r}, which is no folder beside it"
@@ -34,10 +35,15 @@ def read_cascade(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def models(tree: Mapping[str, Any]) -> dict[str, str]:
-    """Stage name -> folder name, of the stages that have a model."""
-    found = {name: stage.get("init_args", {}).get("model") for name, stage in tree["stages"].items()}
-    return {name: str(model) for name, model in found.items() if model is not None}
+def models(tree: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Stage name -> (argument, folder name), of the stages that take a saved model."""
+    found = {}
+    for name, stage in tree["stages"].items():
+        for argument in ("model", "autoencoder"):
+            value = stage.get("init_args", {}).get(argument)
+            if isinstance(value, str):
+                found[name] = argument, value
+    return found
 
 
 def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = True) -> Cascade:
@@ -52,16 +58,14 @@ def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = 
         verify_manifest(folder)
     stages: dict[str, Stage] = {}
     for stage_name, stage in tree["stages"].items():
-        model = models(tree).get(stage_name)
-        if (
-            model is not None
-        ):  # built from the model's own config first, so that the stage's arguments are checked as one
-            stage = {**stage, "init_args": {**stage["init_args"], "model": read_config(folder / model)}}
+        argument, model = models(tree).get(stage_name, ("", ""))
+        if model:  # built from the model's own config first, so that the stage's arguments are checked as one
+            stage = {**stage, "init_args": {**stage["init_args"], argument: read_config(folder / model)}}
         built = build(stage, trusted)
         if not isinstance(built, Stage):
             raise ValueError(f"{folder / CASCADE}: stage {stage_name!r} is a {type(built).__name__}, not a Stage")
-        if model is not None:
-            built = replace(built, model=load(folder / model, trusted, verify=verify))  # type: ignore[type-var]
+        if model:
+            built = replace(built, **{argument: load(folder / model, trusted, verify=verify)})  # type: ignore[type-var]
         stages[stage_name] = built
     return Cascade(stages, tuple(tree["shape"]), float(tree["rate"]), int(tree.get("multiple", 1)))
 

@@ -20,8 +20,8 @@ class ByteTransformer(nn.Module):
     """Transformer over the words of a prompt, each made of its UTF-8 bytes by convolutions; trained in place.
 
     No vocabulary: any script, any new word. A word means the same wherever it stands, so that little data suffices.
-    width: D. depth: layers. heads: of attention. max_words: the longest prompt, in words and punctuation marks; a longer
-    one raises ValueError. An empty prompt is a start mark alone, which every prompt begins with.
+    width: D. depth: layers. heads: of attention. max_words: the longest prompt, in words and punctuation marks; a
+    longer one raises ValueError. An empty prompt is a start mark alone, which every prompt begins with.
     Source: CharacterBERT (El Boukkouri et al. 2020) for words from characters, ByT5 (Xue et al. 2022) for bytes.
     """
 
@@ -73,7 +73,8 @@ class ByteTransformer(nn.Module):
         pieces = [word[i : i + LONGEST] for word in words for i in range(0, len(word), LONGEST)]
         if len(pieces) > self.max_words:
             raise ValueError(
-                f"the prompt {prompt[:40]!r}... has {len(pieces)} words and marks, more than max_words={self.max_words}: shorten it"
+                f"the prompt {prompt[:40]!r}... has {len(pieces)} words and marks, more than "
+                f"max_words={self.max_words}: shorten it"
             )
         return pieces
 
@@ -83,7 +84,7 @@ class PretrainedText(nn.Module):
 
     path: a folder, or the id of a model on the hub. max_tokens: longer prompts are cut there.
     D is `width`, the tower's own. Raises ValueError where transformers is missing, the model's type is not known, or
-    the tokenizer knows so few words that every prompt would look alike (transformers 5 does that where files are missing).
+    the tokenizer gives different prompts the same ids, as transformers 5 does where its files are missing.
     """
 
     TOWERS: ClassVar[dict[str, str]] = {

@@ -12,18 +12,45 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from mmdiff.cascade import Decode, Generate
 from mmdiff.config import build, read_config
 from mmdiff.pipeline import load_pipeline
+from mmdiff.sampling import seeded_noise
 from video.files import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAINED = [path for path in CONFIGS if not path.stem.endswith("_cascade")]
 CASCADES = [path for path in CONFIGS if path.stem.endswith("_cascade")]
+VARIANTS = {"tiny/video_latent.yaml": "tiny/video.yaml"}  # what holds only differences, and from what
 
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs"))
+
+
+def layers(path: Path) -> list[Path]:
+    """The config, after the one it is a variant of."""
+    base = VARIANTS.get(name(path))
+    return [path] if base is None else [ROOT / "configs" / base, path]
+
+
+def merged(low: Any, high: Any) -> Any:
+    """`high` over `low`, as `-c low -c high` reads them."""
+    if not (isinstance(low, dict) and isinstance(high, dict)):
+        return high
+    if high.get("class_path", low.get("class_path")) != low.get("class_path"):
+        return high
+    return {
+        key: merged(low[key], high[key]) if key in low and key in high else {**low, **high}[key]
+        for key in {**low, **high}
+    }
+
+
+def model_of(path: Path) -> dict[str, Any]:
+    trees = [read_config(layer) for layer in layers(path)]
+    tree = trees[0] if len(trees) == 1 else merged(*trees)
+    return tree["model"]["init_args"]["model"]
 
 
 def mmdiff(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -42,10 +69,9 @@ def test_there_are_configs_of_both_kinds() -> None:
 def test_a_training_config_builds_its_model_and_says_what_it_is(path: Path) -> None:
     text = path.read_text("utf-8")
     assert text.startswith("# "), "the first line says what the experiment is"
-    assert f"mmdiff fit -c configs/{name(path)}" in text
+    assert f"-c configs/{name(path)}" in text
     assert len(text.splitlines()) <= 75
-    tree = read_config(path)["model"]["init_args"]["model"]
-    model = build(tree)
+    model = build(model_of(path))
     assert isinstance(model, nn.Module)
     assert sum(p.numel() for p in model.parameters()) > 1000
 
@@ -56,7 +82,7 @@ def test_mmdiff_reads_a_training_config_whole(path: Path) -> None:
 
     from mmdiff.cli import MmdiffCLI
 
-    args = ["fit", "-c", str(path), "--print_config"]
+    args = ["fit", *(word for layer in layers(path) for word in ("-c", str(layer))), "--print_config"]
     old, sys.argv = sys.argv, ["mmdiff", *args]
     try:
         with pytest.raises(SystemExit) as stop:
@@ -76,12 +102,14 @@ def test_a_cascade_config_fits_the_models_it_is_for(path: Path) -> None:
 
     tree = read_config(path)
     stem = path.stem.removesuffix("_cascade")
+    saved = {"base": f"{stem}.yaml", "autoencoder": "video_autoencoder.yaml"}
     stages = {}
     for stage_name, stage in tree["stages"].items():
         args = dict(stage["init_args"])
-        if "model" in args:
-            trained = path.with_name(f"{stem}.yaml" if args["model"] == "base" else f"{stem}_{args['model']}.yaml")
-            args["model"] = read_config(trained)["model"]["init_args"]["model"]
+        for argument in ("model", "autoencoder"):
+            if isinstance(args.get(argument), str):
+                trained = path.with_name(saved.get(args[argument], f"{stem}_{args[argument]}.yaml"))
+                args[argument] = model_of(trained)
         stages[stage_name] = build({**stage, "init_args": args})
     cascade = Cascade(stages, tree["shape"], tree["rate"], tree.get("multiple", 1))
     plan = cascade.plan(tuple(tree["shape"]), tree["rate"])
@@ -124,6 +152,34 @@ def test_a_tiny_config_trains_is_exported_reloaded_and_sampled(
         waveform, rate = soundfile.read(next((tmp_path / "out").glob("*.wav")))
         assert (len(waveform), rate) == (8192, 8000)
         assert waveform.std() > 1e-3, "the sound is silent"
+
+
+def test_latent_video_trains_in_an_exported_autoencoder_and_decodes(tmp_path: Path) -> None:
+    tiny = ROOT / "configs" / "tiny"
+    short = ["--trainer.max_steps", "30", "--trainer.val_check_interval", "15"]
+    mmdiff("fit", "-c", tiny / "video_autoencoder.yaml", *short, cwd=tmp_path)
+    runs = tmp_path / "runs" / "tiny"
+    mmdiff("export", runs / "autoencoder", "--checkpoint", runs / "autoencoder.ckpt", cwd=tmp_path)
+    mmdiff("fit", "-c", tiny / "video.yaml", "-c", tiny / "video_latent.yaml", *short, cwd=tmp_path)
+    parts = ["--stage", f"base={runs / 'latent.ckpt'}", "--stage", f"decode={runs / 'autoencoder.ckpt'}"]
+    mmdiff("export", runs / "latent", "--cascade", tiny / "video_latent_cascade.yaml", *parts, cwd=tmp_path)
+    cascade = load_pipeline(runs / "latent")
+    clip = cascade({"caption": ["a red circle moves left"]}, noise=seeded_noise([0]))
+    assert clip.data.shape == (1, 3, 8, 16, 16)
+    trained, decoder = cascade.stages["base"], cascade.stages["decode"]
+    assert isinstance(trained, Generate)
+    assert isinstance(decoder, Decode)
+    for p, q in zip(trained.model.autoencoder.parameters(), decoder.autoencoder.parameters(), strict=True):
+        assert torch.equal(p, q), "the diffusion model was not trained in the exported autoencoder"
+
+
+def test_an_autoencoder_without_its_weights_is_refused() -> None:
+    from mmdiff.density import LogNormal
+    from mmdiff.module import DiffusionModule
+
+    model = build(model_of(ROOT / "configs" / "tiny" / "video_latent.yaml"))
+    with pytest.raises(ValueError, match="autoencoder_weights is not given"):
+        DiffusionModule(model, LogNormal())
 
 
 def test_an_exported_model_holds_the_average_and_raw_the_last_weights(tmp_path: Path) -> None:

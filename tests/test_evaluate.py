@@ -273,7 +273,7 @@ def world_clips(count: int, seed: int) -> tuple[Tensor, list[dict[str, str]]]:
 
 def test_video_reader_learns_motion_from_few_scenes() -> None:
     clips, labels = world_clips(160, 0)
-    labels = [{"motion": label["motion"], "axis": str(MOTIONS[label["motion"]][0] == 0)} for label in labels]
+    labels = [{"motion": label["motion"], "upright": str(MOTIONS[label["motion"]][0] == 0)} for label in labels]
     reader = new_reader(ClipReader, labels[:128], 0)
     train_reader(reader, reader.reduce(clips[:128]), labels[:128], Recipe(8, 16), 0)
     assert score(labels[128:], read(reader, reader.reduce(clips[128:])))["both"]["accuracy"] > 0.8
@@ -407,6 +407,7 @@ def test_the_command_lists_evaluations(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["--steps", "0"], "--steps 0 is below 1"),
         (["--seed", "-1"], "--seed -1 is below 0"),
         (["--batch-size", "0"], "--batch-size 0 is below 1"),
+        (["--guidance", "nan"], "--guidance nan is not a finite number"),
     ],
 )
 @pytest.mark.parametrize("task", [sprites, digits])

@@ -1,4 +1,4 @@
-"""Blocks over one, two and three axes: what folds unfolds, what starts as the identity is it, rotary by its definition."""
+"""Blocks over one, two and three axes: folding undone, identities before training, rotary by its definition."""
 
 import itertools
 import math

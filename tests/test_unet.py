@@ -1,4 +1,4 @@
-"""The U-Net over one, two and three axes: exactly zero before training, every argument alive, every parameter reached."""
+"""U-Net over one, two and three axes: zero before training, every argument alive, every parameter reached."""
 
 import math
 from typing import Any

@@ -27,8 +27,7 @@ class Samples(pl.Callback):
         show: how to log. count: clips. every: validations between samples.
         sigmas, sampler, steps, guidance: as in `mmdiff.cascade.Generate`. decode: decode latents before they are shown.
 
-    Touches no random generator of the training. Does nothing for a logger without an `experiment.add_summary` stand-in
-    such as TensorBoard's.
+    Touches no random generator of the training. Does nothing where the logger cannot show pictures.
     """
 
     def __init__(
