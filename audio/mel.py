@@ -87,14 +87,16 @@ class Mel(Autoencoder):
 
     def griffin_lim(self, magnitude: Tensor) -> Tensor:
         """Magnitudes (F, T' + 1) -> waveform (T,): one at a time, so that it depends on no neighbour in the batch."""
+        frames = max(magnitude.shape[1], self.n_fft // 2 // self.hop_length + 2)  # fewer cannot be padded by reflection
+        padded = torch.nn.functional.pad(magnitude, (0, frames - magnitude.shape[1]))
         with torch.random.fork_rng(devices=[]):
             # griffinlim draws its first phases from the CPU's global generator; torch.manual_seed would reseed GPUs too
             torch.default_generator.manual_seed(0)
-            return torchaudio.functional.griffinlim(
-                magnitude, self.window.cpu(), self.n_fft, self.hop_length, self.n_fft, power=1.0,
-                n_iter=self.iterations, momentum=0.99, rand_init=True,
-                length=(magnitude.shape[1] - 1) * self.hop_length,
+            wave = torchaudio.functional.griffinlim(
+                padded, self.window.cpu(), self.n_fft, self.hop_length, self.n_fft, power=1.0, n_iter=self.iterations,
+                momentum=0.99, length=(frames - 1) * self.hop_length, rand_init=True,
             )  # fmt: skip
+        return wave[: (magnitude.shape[1] - 1) * self.hop_length]
 
 
 def nonnegative_inverse(mel: Tensor, bank: Tensor, iterations: int = 100) -> Tensor:

@@ -54,14 +54,10 @@ def check_rate(dropout: float) -> None:
 
 
 class Text(Conditioner):
-    """Prompts of `batch[key]` through a text encoder: tokens and mask, and their maximum over L as vector.
-
-    The maximum keeps a word's mark however long the prompt is, where a mean thins it out (Shen et al. 2018, SWEM-max):
-    a classifier of the sprite captions reads four attributes right after 200 steps of training, with the mean not
-    yet after 400.
+    """Prompts of `batch[key]` through a text encoder: tokens, mask and vector.
 
     encoder: `mmdiff.text.ByteTransformer`, `mmdiff.text.PretrainedText`, or any module that maps list[str] to
-    (tokens (B, L, D), mask (B, L)). A dropped or null prompt is the empty string.
+    (tokens (B, L, D), mask (B, L) bool, vector (B, D)). A dropped or null prompt is the empty string.
     """
 
     def __init__(self, encoder: nn.Module, dropout: float = 0.1, key: str = "caption") -> None:
@@ -82,8 +78,7 @@ class Text(Conditioner):
         return self.encode([""] * len(batch[self.key]))
 
     def encode(self, prompts: list[str]) -> Cond:
-        tokens, mask = self.encoder(prompts)
-        return Cond(tokens, mask, vector=tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1))
+        return Cond(*self.encoder(prompts))
 
 
 class Label(Conditioner):

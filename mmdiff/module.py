@@ -1,5 +1,6 @@
 """Training of a diffusion model: a LightningModule around `mmdiff.model.DiffusionModel`."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,7 +39,13 @@ class DiffusionModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         if autoencoder_weights is not None:
-            model.autoencoder.load_state_dict(load(autoencoder_weights).state_dict())
+            try:
+                model.autoencoder.load_state_dict(load(autoencoder_weights).state_dict())
+            except RuntimeError as error:
+                name = type(model.autoencoder).__name__
+                raise ValueError(
+                    f"autoencoder_weights={autoencoder_weights} are not of this {name}: {error}"
+                ) from error
         elif any(True for _ in model.autoencoder.parameters()):
             raise ValueError(
                 f"the autoencoder {type(model.autoencoder).__name__} has weights, but autoencoder_weights is not "
@@ -72,7 +79,13 @@ class DiffusionModule(pl.LightningModule):
         self.log("test/loss", loss, batch_size=len(batch["x"]), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log("train/grad_norm", grad_norm(self.model, 2)["grad_2.0_norm_total"])
+        norm = grad_norm(self.model, 2)["grad_2.0_norm_total"]
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient is not finite at step {self.global_step}; the weights are as they were before it. "
+                "Lower the learning rate or clip the gradient (trainer.gradient_clip_val)"
+            )
+        self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])

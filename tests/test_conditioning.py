@@ -12,13 +12,13 @@ from mmdiff.text import ByteTransformer
 
 
 class Lengths(nn.Module):
-    """A text encoder simple enough to see through: one token for each letter, holding the letter's code."""
+    """A text encoder simple enough to see through: tokens are codes of letters, the vector is the largest."""
 
-    def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         longest = max(1, *map(len, prompts))
         codes = torch.tensor([[float(ord(c)) for c in p] + [0.0] * (longest - len(p)) for p in prompts])
         mask = torch.arange(longest) < torch.tensor([max(1, len(p)) for p in prompts])[:, None]
-        return codes[..., None], mask
+        return codes[..., None], mask, codes.amax(dim=1, keepdim=True)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -69,12 +69,12 @@ def test_dropout_is_a_probability(rate: float) -> None:
             make()
 
 
-def test_text_fills_tokens_mask_and_their_mean() -> None:
+def test_text_fills_tokens_mask_and_vector() -> None:
     text = Text(Lengths(), key="words").eval()
     cond = text({"words": ["abc", "b"]})
     assert cond.tokens.shape == (2, 3, 1)
     assert cond.mask.tolist() == [[True, True, True], [True, False, False]]
-    assert cond.vector[:, 0].tolist() == [98, 98]
+    assert cond.vector[:, 0].tolist() == [99, 98]
     assert cond.concat is None
     assert torch.equal(text.null({"words": ["abc", "b"]}).vector, torch.zeros(2, 1))
 

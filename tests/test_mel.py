@@ -2,7 +2,6 @@
 
 import math
 
-import librosa
 import numpy as np
 import pytest
 import torch
@@ -48,7 +47,10 @@ def test_equals_torchaudio() -> None:
     torch.testing.assert_close(magnitudes(mel, mel.encode(x)), expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow  # librosa compiles itself on its first import
 def test_equals_librosa() -> None:
+    import librosa
+
     mel, x = make(), 0.3 * torch.randn(1, 1, 2048)
     reference = librosa.feature.melspectrogram(
         y=x[0, 0].numpy(), sr=RATE, n_fft=256, hop_length=64, n_mels=32, power=1.0, htk=True, norm=None,
@@ -136,6 +138,7 @@ def test_no_latent_shape_for_what_cannot_be_encoded(shape: tuple[int, ...], mess
         make().latent_shape(shape)
 
 
+@pytest.mark.filterwarnings("ignore:At least one mel filterbank:UserWarning")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

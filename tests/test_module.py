@@ -1,5 +1,6 @@
 """Training: its randomness is a function of seed, epoch and batch; losses it logs; what the optimizer gets."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from mmdiff.autoencoder import ConvKL, Identity, Subsample
 from mmdiff.backbones import UNet
 from mmdiff.conditioning import Label, LowRes
 from mmdiff.density import LogNormal
+from mmdiff.io import save
 from mmdiff.model import DiffusionModel
 from mmdiff.module import DiffusionModule
 from mmdiff.precond import EDM, Flow
@@ -65,15 +67,22 @@ def test_an_upsampler_is_given_the_low_clip_of_its_own_latents() -> None:
     assert torch.equal(seen[0][:, :1, ::2], data["x"][:, :, ::2])
 
 
-def test_the_autoencoder_stays_as_it_is() -> None:
-    model = DiffusionModel(UNet(1, 3, channels=8), EDM(), autoencoder=ConvKL(1, 3, [[2]], width=4)).train()
+def test_the_autoencoder_is_a_trained_one_and_stays_as_it_is(tmp_path: Path) -> None:
+    sizes = {"channels": 1, "latent_channels": 3, "steps": [[2]], "width": 4}
+    trained = ConvKL(**sizes)  # type: ignore[arg-type]
+    trained.shift.fill_(0.5)
+    save(trained, {"class_path": "mmdiff.autoencoder.ConvKL", "init_args": sizes}, tmp_path / "ae")
+    model = DiffusionModel(UNet(1, 3, channels=8), EDM(), autoencoder=ConvKL(**sizes)).train()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the autoencoder ConvKL has weights, but autoencoder_weights is not given"):
+        DiffusionModule(model, LogNormal())
+    module = DiffusionModule(model, LogNormal(), autoencoder_weights=str(tmp_path / "ae")).train()
     assert not model.autoencoder.training
     assert not any(p.requires_grad for p in model.autoencoder.parameters())
-    optimizer = DiffusionModule(model, LogNormal()).configure_optimizers()
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert trained == {id(p) for p in model.denoiser.parameters()}
+    optimizer = module.configure_optimizers()
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in model.denoiser.parameters()}
     x = torch.randn(2, 1, 32)
-    assert torch.equal(model.encode(x), model.autoencoder.encode(x))
+    torch.testing.assert_close(model.encode(x), trained.encode(x))
     assert isinstance(DiffusionModel(nn.Identity(), EDM()).autoencoder, Identity)
 
 

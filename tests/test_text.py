@@ -22,13 +22,22 @@ PROMPTS = [
 def test_neighbours_in_a_batch_do_not_change_a_prompts_tokens(mode: str) -> None:
     encoder = ByteTransformer(16, 2, 2).train(mode == "train")
     with torch.inference_mode(mode == "inference"):
-        tokens, mask = encoder(PROMPTS)
+        tokens, mask, vector = encoder(PROMPTS)
         assert tokens.shape == (len(PROMPTS), mask.shape[1], 16)
         assert torch.isfinite(tokens[mask]).all()
         for i, prompt in enumerate(PROMPTS):
-            alone, all_true = encoder([prompt])
+            alone, all_true, alone_vector = encoder([prompt])
             assert all_true.all()
             torch.testing.assert_close(tokens[i][mask[i]], alone[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(vector[i], alone_vector[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_vector_hears_one_other_word() -> None:
+    """It is the sum of the words over the root of their number, so a word weighs the same wherever it stands."""
+    encoder = ByteTransformer(64, 1, 4).eval()
+    _, _, vector = encoder(["walking to the left", "walking to the right", "the left to walking"])
+    assert (vector[0] - vector[1]).std() > 0.2
+    torch.testing.assert_close(vector[0], vector[2], rtol=1e-5, atol=1e-5)
 
 
 def test_prompts_are_told_apart() -> None:
@@ -67,8 +76,8 @@ def test_wrong_values_are_refused() -> None:
 
 def test_gradients_reach_every_parameter() -> None:
     encoder = ByteTransformer(16, 2, 2)
-    tokens, mask = encoder(["a dog", "cat"])
-    (tokens[mask] * torch.randn_like(tokens[mask])).sum().backward()
+    tokens, mask, vector = encoder(["a dog", "cat"])
+    ((tokens[mask] * torch.randn_like(tokens[mask])).sum() + vector.sum()).backward()
     dead = [n for n, p in encoder.named_parameters() if p.grad is None or p.grad.count_nonzero() == 0]
     assert dead == []
 
@@ -121,7 +130,7 @@ def test_pretrained_towers_give_what_transformers_gives(tmp_path: Path, kind: st
     pytest.importorskip("transformers")
     encoder = PretrainedText(str(tower(tmp_path, kind)), max_tokens=8)
     prompts = ["a red ball", "two dogs", ""]
-    tokens, mask = encoder(prompts)
+    tokens, mask, vector = encoder(prompts)
     assert tokens.shape == (3, 4, encoder.width) == (3, 4, 16)
     assert mask.sum(1).tolist() == [4, 3, 1]
     assert not tokens.requires_grad
@@ -131,9 +140,13 @@ def test_pretrained_towers_give_what_transformers_gives(tmp_path: Path, kind: st
         ids = encoder.tokenizer(prompt, return_tensors="pt")["input_ids"]
         reference = encoder.tower(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(tokens[i][mask[i]], reference, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vector[i], reference.mean(dim=0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(tokens[0, :2], tokens[1, :2])
     long = " ".join(WORDS)
     assert encoder([long])[0].shape[1] == 8  # cut at max_tokens
+    if kind != "t5":
+        with pytest.raises(ValueError, match="max_tokens=500 is more than the"):
+            PretrainedText(str(tmp_path), max_tokens=500)
 
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
