@@ -58,12 +58,17 @@ class Text(Conditioner):
 
     encoder: `mmdiff.text.ByteTransformer`, `mmdiff.text.PretrainedText`, or any module that maps list[str] to
     (tokens (B, L, D), mask (B, L) bool, vector (B, D)). A dropped or null prompt is the empty string.
+    norm: of the vector, such as `mmdiff.nn.Standardize`, without which the words that all prompts share drown the few
+    that tell long prompts apart; None leaves it as it is.
     """
 
-    def __init__(self, encoder: nn.Module, dropout: float = 0.1, key: str = "caption") -> None:
+    def __init__(
+        self, encoder: nn.Module, dropout: float = 0.1, key: str = "caption", norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         check_rate(dropout)
         self.encoder, self.dropout, self.key = encoder, dropout, key
+        self.norm = norm or nn.Identity()
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
         if isinstance(batch[self.key], str):
@@ -78,7 +83,8 @@ class Text(Conditioner):
         return self.encode([""] * len(batch[self.key]))
 
     def encode(self, prompts: list[str]) -> Cond:
-        return Cond(*self.encoder(prompts))
+        tokens, mask, vector = self.encoder(prompts)
+        return Cond(tokens, mask, self.norm(vector))
 
 
 class Label(Conditioner):

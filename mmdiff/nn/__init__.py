@@ -3,7 +3,7 @@
 from .attention import AxisAttention, CrossAttention
 from .conv import Resample, convolution, pool_time
 from .embed import NoiseEmbedding, sinusoid
-from .norm import AdaGroupNorm, group_norm
+from .norm import AdaGroupNorm, Standardize, group_norm
 
 __all__ = [
     "AdaGroupNorm",
@@ -11,6 +11,7 @@ __all__ = [
     "CrossAttention",
     "NoiseEmbedding",
     "Resample",
+    "Standardize",
     "convolution",
     "group_norm",
     "pool_time",

@@ -29,3 +29,32 @@ class AdaGroupNorm(nn.Module):
         scale_shift = self.affine(embedding.transpose(1, 2)).transpose(1, 2)  # (B, 2C, T or 1)
         scale, shift = scale_shift.reshape(*scale_shift.shape, *(1,) * (x.ndim - 3)).chunk(2, dim=1)
         return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+class Standardize(nn.Module):
+    """(B, D) minus its running mean, over its running deviation, times `gain`; a constant part of the input goes.
+
+    The running statistics move by `rate` towards each batch in training, from the first batch's on; the batch itself is
+    normalised by them alone, so that its items do not mix, as they do in batch norm.
+    """
+
+    mean: Tensor
+    square: Tensor
+    seen: Tensor
+
+    def __init__(self, width: int, gain: float = 1.0, rate: float = 0.02) -> None:
+        super().__init__()
+        self.gain, self.rate = gain, rate
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("square", torch.ones(width))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.seen += 1
+                rate = max(self.rate, 1 / int(self.seen))
+                self.mean.lerp_(x.mean(dim=0), rate)
+                self.square.lerp_(x.square().mean(dim=0), rate)
+        deviation = (self.square - self.mean**2).clamp(min=1e-6).sqrt()
+        return self.gain * (x - self.mean) / deviation
