@@ -13,6 +13,7 @@ from mmdiff.nn import (
     CrossAttention,
     NoiseEmbedding,
     Resample,
+    Standardize,
     convolution,
     group_norm,
     pool_time,
@@ -199,3 +200,18 @@ def test_adaptive_norm_modulates_each_step_by_its_own_embedding() -> None:
     for step in range(5):
         alone = layer(x, embedding[..., step])
         torch.testing.assert_close(layer(x, embedding)[:, :, step], alone[:, :, step])
+
+
+def test_standardize_removes_what_is_constant_and_keeps_items_apart() -> None:
+    layer = Standardize(4, gain=2.0, rate=0.01)
+    data = 5 + 0.3 * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    for batch in data.split(8):
+        layer(batch)
+    layer.eval()
+    y = layer(data)
+    assert y.mean().abs() < 0.2
+    assert abs(float(y.std()) - 2.0) < 0.2
+    torch.testing.assert_close(layer(data[:1]), y[:1])
+    before = layer.mean.clone()
+    layer(data + 100)
+    assert torch.equal(layer.mean, before), "statistics moved in eval mode"
