@@ -23,4 +23,4 @@ cd "$ROOT" || exit 1
 "$VENV_PYTHON" -m ruff check . || fail "ruff check found the faults above; 'ruff check --fix .' mends some"
 "$VENV_PYTHON" -m ruff format --check . || fail "the files above are not formatted; run 'ruff format .'"
 "$VENV_PYTHON" -m mypy || fail "mypy found the faults above"
-exec "$VENV_PYTHON" -m pytest -q "$@"
+exec "$VENV_PYTHON" -m pytest -q -n auto --maxprocesses 4 --dist worksteal "$@"
