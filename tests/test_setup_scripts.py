@@ -203,7 +203,7 @@ def test_test_sh_adds_its_extras_and_ends_with_pytest(checkout: Checkout) -> Non
     calls = checkout.calls()
     assert calls[1].endswith(f"-e {checkout.root}[test,text]")
     assert [call.split()[1] for call in calls] == ["pip", "pip", "ruff", "ruff", "mypy", "pytest"]
-    assert calls[-1] == "-m pytest -q --slow -k a b"
+    assert calls[-1] == "-m pytest -q -n auto --maxprocesses 4 --dist worksteal --slow -k a b"
 
     checkout.run()
     assert [call.split()[1] for call in checkout.calls()] == ["mmdiff", "mmdiff"], "the larger environment serves both"
