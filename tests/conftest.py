@@ -8,8 +8,12 @@ import pytest
 
 # Before anything imports torch, transformers or matplotlib: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // workers))))
+# Threads of two workers that wait for one another on the same cores are ten times slower than one thread each. A worker
+# inherits what the process that starts it has set, so it sets its own anew.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
