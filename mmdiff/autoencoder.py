@@ -174,7 +174,7 @@ class ConvKL(Autoencoder):
         widths = [width * 2 ** min(i, 2) for i in range(len(steps) + 1)]
         down: list[nn.Module] = [convolution(channels, width, kernel)]
         up: list[nn.Module] = [convolution(width, channels, kernel)]
-        for a, b, factor in zip(widths, widths[1:], steps, strict=False):
+        for a, b, factor in zip(widths[:-1], widths[1:], steps, strict=True):
             down += [ConvBlock(a, kernel), Resample(a, b, factor)]
             up = [Resample(b, a, factor, up=True), ConvBlock(a, kernel), *up]
         self.encoder = nn.Sequential(

@@ -1,6 +1,6 @@
 """From a YAML tree to an object: `build` makes of a `class_path` / `init_args` tree what LightningCLI makes of it.
 
-LightningCLI needs a parser and a process-wide import policy; `build` needs neither, so that a library user can load a
+LightningCLI needs a parser and a process-wide import policy; `build` needs neither, so that a program can load a
 model from a stranger's folder: no module outside the trusted packages is imported, and only classes are called.
 """
 

@@ -75,7 +75,7 @@ def test_networks_need_torch_and_einops_alone() -> None:
         for name in sorted(imports_of(path))
         if name.split(".")[0] not in sys.stdlib_module_names and not within(name, NETWORKS_MAY_IMPORT)
     ]
-    assert not wrong, f"{NETWORKS} may import only {NETWORKS_MAY_IMPORT} and the standard library"
+    assert not wrong, f"{NETWORKS} may import only {NETWORKS_MAY_IMPORT} and the standard modules"
 
 
 @pytest.mark.parametrize(

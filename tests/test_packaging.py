@@ -149,7 +149,7 @@ def test_environment_yml_is_the_same_environment() -> None:
 
     (python,) = [line.removeprefix("python=") for line in conda if line.startswith("python=")]
     assert f"{python}.0" in SpecifierSet(PROJECT["project"]["requires-python"])
-    # Nothing that pip pins comes from conda too: two builds of one library would meet in one process.
+    # Nothing that pip pins comes from conda too: two builds of one package would meet in one process.
     names = {re.split("[=<>]", line)[0] for line in conda}
     assert names == {"python", "pip"}
 
