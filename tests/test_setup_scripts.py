@@ -93,7 +93,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-def refused(run: subprocess.CompletedProcess[str], *parts: str) -> None:
+def assert_refused(run: subprocess.CompletedProcess[str], *parts: str) -> None:
     """Ended with one line on stderr that holds `parts`."""
     assert run.returncode != 0
     assert len(run.stderr.splitlines()) == 1, run.stderr
@@ -103,27 +103,27 @@ def refused(run: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 def test_old_python_is_named(checkout: Checkout) -> None:
     checkout.python("python3", "3.9")
-    refused(checkout.run(), "needs Python 3.11, 3.12 or 3.13", "python3 is 3.9")
+    assert_refused(checkout.run(), "needs Python 3.11, 3.12 or 3.13", "python3 is 3.9")
     assert not checkout.venv.exists()
 
 
 def test_too_new_python_is_named(checkout: Checkout) -> None:
-    refused(checkout.run(PYTHON=str(checkout.python("new", "3.14"))), "new is 3.14")
+    assert_refused(checkout.run(PYTHON=str(checkout.python("new", "3.14"))), "new is 3.14")
 
 
 def test_no_python(checkout: Checkout) -> None:
-    refused(checkout.run("test.sh"), "test.sh: needs Python", "no Python that runs")
+    assert_refused(checkout.run("test.sh"), "test.sh: needs Python", "no Python that runs")
 
 
 def test_named_python_must_run(checkout: Checkout) -> None:
     checkout.python("python3.12")
-    refused(checkout.run(PYTHON="/nowhere/python"), "PYTHON=/nowhere/python does not run")
+    assert_refused(checkout.run(PYTHON="/nowhere/python"), "PYTHON=/nowhere/python does not run")
 
 
 def test_named_python_is_not_replaced_by_another(checkout: Checkout) -> None:
     checkout.python("python3.12")
     old = checkout.python("old", "3.10")
-    refused(checkout.run(PYTHON=str(old)), "old is 3.10")
+    assert_refused(checkout.run(PYTHON=str(old)), "old is 3.10")
 
 
 def test_shim_that_does_not_run_is_passed_over(checkout: Checkout) -> None:
@@ -137,12 +137,12 @@ def test_shim_that_does_not_run_is_passed_over(checkout: Checkout) -> None:
 
 def test_python_without_venv_is_named(checkout: Checkout) -> None:
     checkout.python("python3", "3.11", venv=1)
-    refused(checkout.run(), "python3 is 3.11 but has no venv module")
+    assert_refused(checkout.run(), "python3 is 3.11 but has no venv module")
 
 
 def test_too_little_disk(checkout: Checkout) -> None:
     checkout.python("python3.12")
-    refused(checkout.run(MMDIFF_NEEDED_MB="999999999"), "needs 999999999 MB of free disk", str(checkout.root))
+    assert_refused(checkout.run(MMDIFF_NEEDED_MB="999999999"), "needs 999999999 MB of free disk", str(checkout.root))
     assert not checkout.venv.exists()
 
 
@@ -156,7 +156,7 @@ def test_too_little_disk(checkout: Checkout) -> None:
 )
 def test_failed_installation_is_one_line_and_done_anew(checkout: Checkout, output: str, message: str) -> None:
     checkout.python("python3.12", pip=1, output=output)
-    refused(checkout.run(), message, "install.log")
+    assert_refused(checkout.run(), message, "install.log")
     assert output in (checkout.venv / "install.log").read_text()
     (checkout.venv / "half-installed").touch()
 
@@ -253,7 +253,7 @@ def test_environment_with_an_old_python_is_left_alone(checkout: Checkout) -> Non
     old = checkout.python("old", "3.9")
     (checkout.venv / "bin").mkdir(parents=True)
     shutil.copy(old, checkout.venv / "bin" / "python")
-    refused(checkout.run(), "holds Python 3.9", "delete that folder")
+    assert_refused(checkout.run(), "holds Python 3.9", "delete that folder")
 
 
 def test_failing_command_ends_quickstart(checkout: Checkout) -> None:
@@ -267,7 +267,7 @@ def test_failing_check_ends_test_sh_before_pytest(checkout: Checkout, tool: str)
     python = checkout.python("python3.12")
     python.write_text(python.read_text().replace('"-m "*)', f'"-m {tool}") exit 1 ;;\n"-m "*)'))
     run = checkout.run("test.sh")
-    refused(run, tool)
+    assert_refused(run, tool)
     assert not any(call.startswith("-m pytest") for call in checkout.calls())
 
 
@@ -280,7 +280,7 @@ def test_help_installs_nothing(checkout: Checkout, script: str) -> None:
 
 
 def test_quickstart_refuses_arguments_it_does_not_know(checkout: Checkout) -> None:
-    refused(checkout.run("quickstart.sh", "--fast"), "unknown argument --fast")
+    assert_refused(checkout.run("quickstart.sh", "--fast"), "unknown argument --fast")
 
 
 def test_ci_runs_test_sh() -> None:
