@@ -78,6 +78,13 @@ class Mel(Autoencoder):
         mel = magnitude @ self.bank
         return ((mel.clamp(min=FLOOR).log10() - self.mean) / self.std)[:, None]
 
+    def known(self, mask: Tensor) -> Tensor:
+        half = self.n_fft // 2  # of the window around a frame; beyond the ends there is silence, which is known
+        missing = torch.nn.functional.max_pool1d(
+            torch.nn.functional.pad((~mask).float(), (half, half)), self.n_fft, self.hop_length
+        )
+        return (missing[..., :-1] == 0)[..., None].expand(-1, -1, -1, self.mels)
+
     def decode(self, z: Tensor) -> Tensor:
         mel = 10 ** (z[:, 0] * self.std + self.mean).clamp(math.log10(FLOOR), 2.0)
         mel = torch.where(mel <= FLOOR * 1.01, 0, mel)

@@ -35,6 +35,12 @@ class Autoencoder(nn.Module, ABC):
         check_sizes(shape[1:], factors)
         return (self.latent_channels or shape[0], *(n // f for n, f in zip(shape[1:], factors, strict=True)))
 
+    def known(self, mask: Tensor) -> Tensor:
+        """Which latents depend on known data alone: mask (B, 1, *axes) bool -> (B, 1, *axes / factors), whole cells."""
+        for axis, factor in enumerate(self.factors, start=2):
+            mask = mask.unflatten(axis, (-1, factor)).all(dim=axis + 1)
+        return mask
+
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor: ...
 
@@ -85,6 +91,9 @@ class Subsample(Autoencoder):
         check_sizes(x.shape[2:3], self.factors)
         return x[:, :, :: self.factors[0]]
 
+    def known(self, mask: Tensor) -> Tensor:
+        return mask[:, :, :: self.factors[0]]
+
     def decode(self, z: Tensor) -> Tensor:
         (factor,) = self.factors
         after = torch.cat([z[:, :, 1:], z[:, :, -1:]], dim=2)
@@ -114,6 +123,11 @@ class Chain(Autoencoder):
         for part in self.parts:
             x = part.encode(x)  # type: ignore[operator]
         return x
+
+    def known(self, mask: Tensor) -> Tensor:
+        for part in self.parts:
+            mask = part.known(mask)  # type: ignore[operator]
+        return mask
 
     def decode(self, z: Tensor) -> Tensor:
         for part in reversed(self.parts):

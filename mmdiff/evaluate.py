@@ -290,15 +290,18 @@ def main(args: list[str]) -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
 
+    from .generate import pick_device
     from .io import fetch
     from .pipeline import load_pipeline
 
+    device = pick_device(options.device)
     folder = fetch(options.pipeline)
-    cascade = load_pipeline(folder)
+    cascade = load_pipeline(folder).to(device)
     changed = {k: getattr(options, k) for k in ("steps", "guidance") if getattr(options, k) is not None}
     cascade = cascade.with_base(**changed) if changed else cascade
     base = next(iter(cascade.stages.values()))
     settings = {k: getattr(base, k) for k in ("steps", "guidance") if hasattr(base, k)}
+    settings = {k: v if isinstance(v, (int, float)) else repr(v) for k, v in settings.items()}  # a rule, for the JSON
     protocol = {"eval": name, "pipeline": weights_hash(folder), **settings}
     report = evaluate(
         task, cascade, task.splits(options.data), count=options.count, seed=options.seed, batch_size=options.batch_size,
@@ -321,6 +324,7 @@ def _parser(name: str, task: Task) -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, help="guidance scale of the first stage; without it the pipeline's")
     parser.add_argument("--seed", type=int, default=0, help="of the clips and of the reader's training")
     parser.add_argument("--batch-size", type=int, default=10, help="clips generated together")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--out", type=Path, help="folder for report.json and some of the clips")
     parser.add_argument("--reader", type=Path, help="folder of the trained reader: used if it is there, else written")
     return parser

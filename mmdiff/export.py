@@ -27,7 +27,8 @@ def export_model(checkpoint: Path, folder: Path, half: bool = True, raw: bool = 
     if averages and not raw:
         weights.update(averages[0])
     model = build(tree)
-    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+    own = {name: value for name, value in weights.items() if name.startswith("model.")}  # not a learned weighting's
+    model.load_state_dict({name.removeprefix("model."): value for name, value in own.items()})
     return save(model, tree, folder, dtype=torch.float16 if half else None)
 
 

@@ -8,16 +8,43 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
+from . import edit_options
+from .named import GUIDANCES, part, pick_guidance
+
 if TYPE_CHECKING:
     from .cascade import Cascade, Clip
     from .sampling import Sampler
 
-SAMPLERS = ("ddim", "ddpm", "dpmpp2m", "euler", "heun")  # euler is ddim by its other name
+# name -> class of mmdiff.sampling and its arguments; euler is ddim by its other name, lms as in k-diffusion
+SAMPLERS: dict[str, tuple[str, dict[str, object]]] = {
+    "ddim": ("Ancestral", {"eta": 0.0}),
+    "ddpm": ("Ancestral", {"eta": 1.0}),
+    "euler": ("Ancestral", {"eta": 0.0}),
+    "euler-churn": ("Euler", {"s_churn": 40.0}),
+    "heun": ("Heun", {}),
+    "heun-flow": ("Heun", {"clock": "flow"}),
+    "heun-churn": ("Heun", {"s_churn": 40.0}),
+    "dpmpp2s": ("DPMpp2S", {}),
+    "dpmpp2m": ("DPMpp2M", {}),
+    "dpmpp3m": ("DPMpp3M", {}),
+    "dpmpp2m-sde": ("DPMpp2MSDE", {}),
+    "dpmpp3m-sde": ("DPMpp3MSDE", {}),
+    "unipc2": ("UniPC", {"order": 2}),
+    "unipc": ("UniPC", {"order": 3}),
+    "deis": ("AdamsBashforth", {}),
+    "lms": ("AdamsBashforth", {"clock": "sigma"}),
+    "rk4": ("RK4", {}),
+    "langevin": ("Langevin", {}),
+    "pc": ("PredictorCorrector", {}),
+    "ode": ("AdaptiveODE", {}),
+    "consistency": ("Consistency", {}),
+}
 LONGEST = 16  # times the length a pipeline was made for: beyond, memory rather than patience runs out
 
 Write = Callable[[Path, "Clip", bool], list[Path]]  # (path without suffix, one clip (1, C, T, ...), preview) -> files
@@ -40,8 +67,16 @@ def parser(command: str, description: str, pipeline: Path) -> Parser:
     options.add_argument("--count", type=int, default=1, help="clips for each prompt, of seeds SEED, SEED + 1, ...")
     options.add_argument("--seed", type=int, default=0, help="same seed, same machine: same file (default: 0)")
     options.add_argument("--steps", type=int, help="sampling steps of the first stage (default: the pipeline's)")
-    options.add_argument("--sampler", choices=SAMPLERS, help="of the first stage (default: the pipeline's)")
-    options.add_argument("--guidance", type=float, help="guidance scale of the first stage; 1 is none")
+    options.add_argument(
+        "--sampler", metavar="NAME|YAML", help=f"of the first stage: {', '.join(SAMPLERS)}, or a class_path as YAML"
+    )
+    options.add_argument(
+        "--guidance", metavar="SCALE|NAME|YAML",
+        help=f"of the first stage: a scale, 1 is none; {', '.join(GUIDANCES)}; or a class_path as YAML",
+    )  # fmt: skip
+    options.add_argument(
+        "--weighted", action="store_true", help="read (word:1.3), [word] and [a|b] in prompts, and longer prompts"
+    )
     options.add_argument("--duration", type=float, metavar="SECONDS", help="length (default: the pipeline's)")
     options.add_argument(
         "--pipeline", default=str(pipeline), metavar="FOLDER|HUB_ID", help="which model (default: shipped)"
@@ -84,8 +119,6 @@ def jobs(given: argparse.Namespace) -> list[Job]:
             raise ValueError(f"--{name.replace('_', '-')} {value} is outside 1..10000")
     if not 0 <= given.seed < 2**62:
         raise ValueError(f"--seed {given.seed} is outside 0..2^62")
-    if given.guidance is not None and not (math.isfinite(given.guidance) and 0 <= given.guidance <= 100):
-        raise ValueError(f"--guidance {given.guidance} is outside 0..100; 1 is none, 2 to 8 is usual")
     if given.duration is not None and not (math.isfinite(given.duration) and given.duration > 0):
         raise ValueError(f"--duration {given.duration} must be a number of seconds above 0")
     return [Job(prompt, given.seed + i) for prompt in prompts for i in range(given.count)]
@@ -126,12 +159,11 @@ def pick_device(name: str) -> str:
 
 def pick_sampler(name: str) -> "Sampler":
     """The sampler of a name in SAMPLERS."""
-    from .sampling import Ancestral, DPMpp2M, Heun
+    from . import sampling
 
-    made: dict[str, Sampler] = {
-        "ddim": Ancestral(0.0), "euler": Ancestral(0.0), "ddpm": Ancestral(1.0), "dpmpp2m": DPMpp2M(), "heun": Heun()
-    }  # fmt: skip
-    return made[name]
+    kind, settings = SAMPLERS[name]
+    made: Sampler = getattr(sampling, kind)(**settings)
+    return made
 
 
 def file_stem(folder: Path, job: Job) -> Path:
@@ -156,16 +188,35 @@ class Bars:
             self.bars[stage].close()
 
 
-def with_options(cascade: "Cascade", given: argparse.Namespace) -> "Cascade":
-    """The cascade with the first stage's settings that the options name."""
+def chosen(given: argparse.Namespace, prompts: list[str]) -> dict[str, object]:
+    """The first stage's settings that the options name, built. Raises ValueError for wrong ones, and wrong prompts."""
+    settings: dict[str, object] = {} if given.steps is None else {"steps": given.steps}
+    if given.guidance is not None:
+        settings["guidance"] = pick_guidance(given.guidance, given.trust)
+    if given.sampler is not None:
+        from .sampling import Sampler
+
+        names = {name: partial(pick_sampler, name) for name in SAMPLERS}
+        settings["sampler"] = part("sampler", given.sampler, names, Sampler, given.trust)  # type: ignore[type-abstract]
+    if given.weighted:
+        from .prompts import parse
+
+        for prompt in [*prompts, given.negative or ""]:
+            parse(prompt)
+    return settings
+
+
+def with_options(cascade: "Cascade", given: argparse.Namespace, settings: dict[str, object]) -> "Cascade":
+    """The cascade with other settings of its first stage, and prompts read with weights where the options say so."""
     from .cascade import Generate
 
-    settings = {"steps": given.steps, "guidance": given.guidance}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if given.sampler is not None:
-        settings["sampler"] = pick_sampler(given.sampler)
     if not isinstance(cascade.first, Generate):
         raise ValueError(f"--pipeline {given.pipeline}: its first stage is a {type(cascade.first).__name__}, no model")
+    if given.weighted:
+        from .prompts import weigh
+
+        if not sum(weigh(stage.model) for stage in cascade.stages.values() if isinstance(stage, Generate)):
+            raise ValueError(f"--weighted: no model of --pipeline {given.pipeline} reads a prompt")
     return cascade.with_base(**settings)
 
 
@@ -179,12 +230,17 @@ def check_length(steps: int, cascade: "Cascade") -> None:
         )
 
 
-def run(given: argparse.Namespace, write: Write, length: Callable[["Cascade"], int]) -> int:
+def run(
+    given: argparse.Namespace, write: Write, length: Callable[["Cascade"], int], media: edit_options.Media | None = None
+) -> int:
     """Generates what the options ask for, writes it with `write` and prints the files. Returns the exit status.
 
-    length: the cascade -> time steps of the clips to make.
+    length: the cascade -> time steps of the clips to make. media: how the files of an edit are read.
     """
     todo = jobs(given)
+    settings = chosen(given, [job.prompt for job in todo])
+    if media is not None:
+        edit_options.check(given, media)
     check_pipeline(given.pipeline)
     check_folder(given.out)
     device = pick_device(given.device)
@@ -193,16 +249,17 @@ def run(given: argparse.Namespace, write: Write, length: Callable[["Cascade"], i
     from .pipeline import load_pipeline
     from .sampling import seeded_noise
 
-    cascade = with_options(load_pipeline(given.pipeline, given.trust).to(device), given)
+    cascade = with_options(load_pipeline(given.pipeline, given.trust).to(device), given, settings)
     steps = length(cascade)
     check_length(steps, cascade)
-    settings = {name: str(value) for name, value in vars(cascade.first).items() if name != "model"}
+    make = edit_options.maker(given, media, cascade, steps, LONGEST * cascade.shape[1])
+    used = {name: str(value) for name, value in vars(cascade.first).items() if name != "model"}
+    used["weighted"] = str(given.weighted)
     for first in range(0, len(todo), given.batch_size):
         batch = todo[first : first + given.batch_size]
-        clip = cascade(
+        clip = make(
             {"caption": [job.prompt for job in batch]},
             noise=seeded_noise([job.seed for job in batch]),
-            shape=(cascade.shape[0], steps, *cascade.shape[2:]),
             negative=None if given.negative is None else {"caption": [given.negative] * len(batch)},
             progress=Bars(f"clips {first + 1}-{first + len(batch)} of {len(todo)}:"),
         )
@@ -211,5 +268,7 @@ def run(given: argparse.Namespace, write: Write, length: Callable[["Cascade"], i
             for file in write(stem, Clip(data, clip.rate), given.preview):
                 print(file)
             record = {"prompt": job.prompt, "negative": given.negative, "seed": job.seed, "pipeline": given.pipeline}
-            stem.with_name(f"{stem.name}.json").write_text(json.dumps(record | settings, indent=2) + "\n", "utf-8")
+            stem.with_name(f"{stem.name}.json").write_text(
+                json.dumps(record | edit_options.record(given) | used, indent=2) + "\n", "utf-8"
+            )
     return 0

@@ -1,12 +1,24 @@
 """What is trained, saved and sampled: a denoiser with its conditioner and its autoencoder."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Identity
 from .conditioning import Batch, Cond, Conditioner
 from .denoiser import Denoiser
 from .precond import Precond
-from .sampling import Denoise
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A denoiser with its condition bound, which is a `Denoise`."""
+
+    denoiser: Denoiser
+    cond: Cond | None
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.denoiser(x, sigma, self.cond)
 
 
 class DiffusionModel(nn.Module):
@@ -36,9 +48,9 @@ class DiffusionModel(nn.Module):
         self.autoencoder.eval()
         return self
 
-    def bind(self, cond: Cond | None) -> Denoise:
+    def bind(self, cond: Cond | None) -> Bound:
         """The denoiser with its condition bound: all that a sampler sees."""
-        return lambda x, sigma: self.denoiser(x, sigma, cond)
+        return Bound(self.denoiser, cond)
 
     def condition(self, batch: Batch) -> Cond | None:
         """The condition that a batch describes."""

@@ -9,9 +9,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor
 
+from .denoiser import checked_mask
 from .density import SigmaDensity
 from .io import load
+from .levels import Levels, PerItem
+from .likelihood import LearnedVariance
 from .model import DiffusionModel
+from .weighting import MSE, Distance, Natural, Weighting
 
 
 class DiffusionModule(pl.LightningModule):
@@ -19,13 +23,19 @@ class DiffusionModule(pl.LightningModule):
 
     Args:
         model: what is trained. density: distribution of sigma.
-        optimizer: of the model's trainable parameters. scheduler: stepped after every optimizer step; None is constant.
+        optimizer: of the trainable parameters. scheduler: stepped after every optimizer step; None is constant.
         seed: of noise, noise levels, condition dropout. They are a function of (seed, epoch, batch, rank) alone.
         autoencoder_weights: model folder of the trained autoencoder, exported from an `AutoencoderModule`, whose
             weights `model.autoencoder` takes. ValueError where it has weights and this is not given.
+        weighting: of the loss at each level; default none. distance: from the network's own target; default MSE.
+        levels: whether an item has one noise level or one for each time step, and what is known; default one.
+        variance: trains the variance of a backbone with 2 C channels too (iDDPM); default the backbone has none.
 
-    A batch needs "x": (B, C, T, ...) in [-1, 1], and what the conditioner reads. Logs train/loss, train/grad_norm and
-    val/loss, whose noise and levels are the same at every validation.
+    A batch needs "x": (B, C, T, ...) in [-1, 1], and what the conditioner reads. "mask", where it has one, is bool,
+    (B, T) or broadcastable to x: what is False is padding and counts in no loss, nor does a latent that depends on it.
+    Each item's loss is a mean over what counts of it, and the
+    batch's over the items of which something does. Logs train/loss, train/grad_norm and val/loss, whose noise and
+    levels are the same at every validation.
     """
 
     def __init__(
@@ -36,6 +46,10 @@ class DiffusionModule(pl.LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
         autoencoder_weights: str | None = None,
+        weighting: Weighting | None = None,
+        distance: Distance | None = None,
+        levels: Levels | None = None,
+        variance: LearnedVariance | None = None,
     ) -> None:
         super().__init__()
         if autoencoder_weights is not None:
@@ -54,16 +68,43 @@ class DiffusionModule(pl.LightningModule):
         self.model, self.density = model, density
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed = seed
+        self.weighting, self.distance = weighting or Natural(), distance or MSE()
+        self.levels, self.variance = levels or PerItem(), variance
 
     def loss(self, batch: dict[str, Any], key: tuple[int, ...]) -> Tensor:
         """Mean loss () of a batch, with every random choice drawn from `key`."""
         generator = torch.Generator().manual_seed(hash((self.seed, *key)) % 2**63)
         latents = self.model.encode(batch["x"])
-        sigma = self.density.sample(len(latents), device=latents.device, generator=generator)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        density = self.density.sized(latents.shape[2:])
+        sigma = self.levels(density, latents, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         conditioner = self.model.conditioner
         cond = None if conditioner is None else conditioner({**batch, "latents": latents}, generator)
-        return self.model.denoiser.loss(latents, sigma, cond, noise).mean()
+        errors = self.model.denoiser.errors(
+            latents, sigma, cond, noise=noise, distance=self.distance, mask=self.mask(batch, latents)
+        )
+        level = torch.where(sigma > 0, sigma, 1)  # what is known has no weight, but must not have weight 0 * inf
+        error = self.weighting.weigh(errors.error, level, self.model.denoiser.precond)
+        if self.variance is not None:
+            error = error + self.variance(errors, latents, sigma)
+        elif errors.extra.shape[1]:
+            raise ValueError(
+                f"the backbone gives {errors.extra.shape[1]} channels beyond the data's {latents.shape[1]}, "
+                "which nothing trains: give variance (mmdiff.likelihood.LearnedVariance), or leave out_channels out"
+            )
+        items = errors.total(torch.ones_like(error)).sum()  # less those of which nothing counts
+        return errors.total(density.weight(level) * error).sum() / items
+
+    def mask(self, batch: dict[str, Any], latents: Tensor) -> Tensor | None:
+        """The batch's mask, in the latents' space. Raises ValueError where it fits neither."""
+        if "mask" not in batch:
+            return None
+        data = batch["x"]
+        mask = checked_mask(batch["mask"], data)
+        if mask.shape[1] == 1 and data.shape[2:] != latents.shape[2:]:
+            return self.model.autoencoder.known(mask.expand(len(data), 1, *data.shape[2:]))
+        return checked_mask(mask, latents)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch, (self.current_epoch, batch_idx, self.global_rank))
@@ -88,7 +129,7 @@ class DiffusionModule(pl.LightningModule):
         self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

@@ -1,10 +1,14 @@
 """Text encoders: list[str] -> tokens (B, L, D), mask (B, L) bool (True = attend), vector (B, D) of the whole prompt.
 
+Each also says `longest`, the most tokens it takes, and `spans(prompt)`, which characters each token stands for: that is
+all that `mmdiff.prompts.Weighted` needs to weigh words and to take prompts of any length.
+
 `ByteTransformer` needs no vocabulary and no download and is trained with the model; `PretrainedText` is any text tower
 that transformers can load (T5, CLIP, CLAP).
 """
 
 import re
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +75,20 @@ class ByteTransformer(nn.Module):
             x = x + nn.functional.gelu(convolution(x * there))
         return self.word_norm((x * there).sum(dim=2) / there.sum(dim=2) ** 0.5)
 
+    @property
+    def longest(self) -> int:
+        """The most tokens it takes, the start mark among them."""
+        return 1 + self.max_words
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """Characters (first, end) of each token, (0, 0) of the start mark; of prompts of any length."""
+        found = [(0, 0)]
+        for match in PIECES.finditer(prompt):
+            word = match.group().encode()
+            ends = [match.start() + len(word[:i].decode(errors="ignore")) for i in range(0, len(word), LONGEST)]
+            found += pairwise([*ends, match.end()])
+        return found
+
     def pieces(self, prompt: str) -> list[bytes]:
         """Words and punctuation marks as bytes, cut at LONGEST. Raises ValueError where there are too many."""
         words = [word.encode() for word in PIECES.findall(prompt)]
@@ -78,7 +96,7 @@ class ByteTransformer(nn.Module):
         if len(pieces) > self.max_words:
             raise ValueError(
                 f"the prompt {prompt[:40]!r}... has {len(pieces)} words and marks, more than "
-                f"max_words={self.max_words}: shorten it"
+                f"max_words={self.max_words}: shorten it, or wrap the encoder in mmdiff.prompts.Weighted"
             )
         return pieces
 
@@ -86,7 +104,7 @@ class ByteTransformer(nn.Module):
 class PretrainedText(nn.Module):
     """Frozen text tower of a pretrained T5, CLIP or CLAP model, through transformers (extra `text`).
 
-    path: a folder, or the id of a model on the hub. max_tokens: longer prompts are cut there.
+    path: a folder, or the id of a model on the hub. max_tokens: longer prompts, marks included, raise ValueError.
     D is `width`, the tower's own; the vector is the tokens' mean. Raises ValueError where transformers is missing,
     the model's type is not known, max_tokens is more than the tower has positions, or the tokenizer gives different
     prompts the same ids, as transformers 5 does where its files are missing.
@@ -131,10 +149,29 @@ class PretrainedText(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         device = next(self.tower.parameters()).device
-        inputs = self.tokenizer(
-            prompts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(device)
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(device)
+        counts = inputs["attention_mask"].sum(dim=1).tolist()
+        for prompt, count in zip(prompts, counts, strict=True):
+            if count > self.max_tokens:
+                raise ValueError(
+                    f"the prompt {prompt[:40]!r}... has {count} tokens, more than max_tokens={self.max_tokens}: "
+                    "shorten it, or wrap the encoder in mmdiff.prompts.Weighted, which takes it in chunks"
+                )
         states = self.tower(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
         mask = inputs["attention_mask"].bool()
         vector = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         return states, mask, vector
+
+    @property
+    def longest(self) -> int:
+        """The most tokens it takes, its own marks among them."""
+        return self.max_tokens
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """Characters (first, end) of each token, (0, 0) of its own marks; of prompts of any length.
+
+        Raises ValueError where the tokenizer cannot tell: it must be one of the tokenizers package (a "fast" one).
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError("this tokenizer does not say which characters a token stands for; weights need a fast one")
+        return [tuple(span) for span in self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]]

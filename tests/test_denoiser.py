@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmdiff.conditioning import Cond
 from mmdiff.denoiser import Denoiser, expand_like
-from mmdiff.precond import EDM, Eps, Flow, Precond, V
+from mmdiff.precond import EDM, VE, X0, Eps, Flow, Precond, V
 
 PRECONDS = [Eps(), V(), EDM(), EDM(sigma_data=0.7), Flow()]
 STD = 0.7
@@ -150,20 +151,92 @@ def test_given_steps_count_in_no_loss(precond: Precond) -> None:
 def test_a_given_step_reaches_the_network_clean() -> None:
     network = Recorder()
     x0, sigma = torch.randn(1, 2, 3), torch.tensor([[0.0, 1.0, 2.0]])
-    Denoiser(network, Flow()).loss(x0, sigma)
+    Denoiser(network, Flow()).loss(x0, sigma, noise=torch.randn(1, 2, 3))
     assert torch.equal(network.x[:, :, 0], x0[:, :, 0])
 
 
-def test_nothing_to_learn_is_refused() -> None:
-    with pytest.raises(ValueError, match="sigma is 0 at every time step of an item"):
-        Denoiser(Recorder(), EDM()).loss(torch.randn(2, 1, 3), torch.tensor([[0.0, 0, 0], [0, 1, 0]]))
+def test_an_item_of_which_nothing_counts_has_no_loss_and_a_batch_of_such_is_refused() -> None:
+    denoiser, x0, noise = Denoiser(Recorder(), EDM()), torch.randn(2, 1, 3), torch.randn(2, 1, 3)
+    sigma = torch.tensor([[0.0, 0, 0], [0, 1, 0]])
+    loss = denoiser.loss(x0, sigma, noise=noise)
+    torch.testing.assert_close(loss, torch.cat([torch.zeros(1), denoiser.loss(x0[1:], sigma[1:], noise=noise[1:])]))
+    for nothing, mask in ((torch.zeros(2, 3), None), (torch.ones(2), torch.zeros(2, 3, dtype=torch.bool))):
+        with pytest.raises(ValueError, match="sigma is 0, or the mask False, in all of the batch"):
+            denoiser.loss(x0, nothing, noise=noise, mask=mask)
 
 
 def test_noise_and_condition_reach_the_network() -> None:
     network, cond = Recorder(), object()
     denoiser = Denoiser(network, EDM())
     x0, sigma = torch.randn(2, 1, 3), torch.ones(2)
-    a, b = denoiser.loss(x0, sigma), denoiser.loss(x0, sigma)
+    a, b = (denoiser.loss(x0, sigma, noise=torch.randn(2, 1, 3)) for _ in range(2))
     assert not torch.equal(a, b)
     denoiser(x0, sigma, cond)  # type: ignore[arg-type]
     assert network.cond is cond
+
+
+def test_noise_is_never_drawn_behind_the_callers_back() -> None:
+    with pytest.raises(TypeError, match="noise"):
+        Denoiser(Recorder(), EDM()).loss(torch.randn(2, 1, 3), torch.ones(2))  # type: ignore[call-arg]
+
+
+class Typed(nn.Module):
+    """Records the types it is given; its weight is of the type that Denoiser must cast to."""
+
+    def __init__(self, dtype: torch.dtype, channels: int = 1) -> None:
+        super().__init__()
+        self.weight, self.channels = nn.Parameter(torch.ones((), dtype=dtype)), channels
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Cond | None = None) -> Tensor:
+        self.seen = x.dtype, c_noise.dtype, None if cond is None else (cond.tokens.dtype, cond.mask.dtype)
+        self.c_noise = c_noise
+        return (self.weight * x).repeat(1, self.channels, *(1,) * (x.ndim - 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_backbone_gets_its_own_type_and_all_else_stays_float32(dtype: torch.dtype) -> None:
+    network = Typed(dtype)
+    denoiser = Denoiser(network, Eps())
+    x, sigma = torch.randn(2, 1, 4), torch.tensor([0.3, 7.7])
+    cond = Cond(tokens=torch.randn(2, 3, 5), mask=torch.ones(2, 3, dtype=torch.bool))
+    assert denoiser(x, sigma, cond).dtype == torch.float32
+    assert network.seen == (dtype, torch.float32, (dtype, torch.bool))
+    # the index in the table, 0..999, has fractions that half precision would lose
+    assert torch.equal(network.c_noise, Eps()(sigma)[3])
+    assert denoiser.loss(x, sigma, noise=torch.randn(2, 1, 4)).dtype == torch.float32
+    assert denoiser(x.to(torch.float16), sigma).dtype == torch.float32
+    assert denoiser(x.double(), sigma.double()).dtype == torch.float64
+
+
+def test_a_half_precision_backbone_keeps_the_state_exact_where_the_noise_is_low() -> None:
+    """D differs from x by c_out F alone: rounding of F at sigma 0.001 is 1e-3 * 2^-8, that of x would be 2^-8."""
+    x, sigma = torch.randn(2, 1, 400), torch.tensor(0.001)
+    half, full = (Denoiser(Typed(dtype), EDM())(x, sigma) for dtype in (torch.bfloat16, torch.float32))
+    torch.testing.assert_close(half, full, rtol=0, atol=5e-5)
+    assert not torch.equal(half, full)
+
+
+def test_channels_beyond_the_datas_are_kept_apart() -> None:
+    x0, noise, sigma = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.ones(2)
+    plain, double = Denoiser(Typed(torch.float32), V()), Denoiser(Typed(torch.float32, 2), V())
+    assert torch.equal(double(x0, sigma), plain(x0, sigma))
+    errors = double.errors(x0, sigma, noise=noise)
+    assert errors.extra.shape == x0.shape
+    assert plain.errors(x0, sigma, noise=noise).extra.shape == (2, 0, 4)
+    assert torch.equal(errors.total(errors.error), plain.loss(x0, sigma, noise=noise))
+    torch.testing.assert_close(errors.estimate, plain(x0 + noise, sigma))
+    narrow = nn.Conv1d(3, 1, 1)
+    narrow.forward = lambda x, c_noise, cond: nn.Conv1d.forward(narrow, x)  # type: ignore[method-assign, misc]
+    with pytest.raises(ValueError, match="gives 1 channels for an x of 3"):
+        Denoiser(narrow, V())(x0, sigma)
+
+
+@pytest.mark.parametrize("precond", [*PRECONDS, X0(), VE()], ids=repr)
+def test_the_target_has_no_cancellation_at_low_noise(precond: Precond) -> None:
+    """float32 against float64 at sigma 1e-3: rounding may grow by 1 / sigma at most where x0 is part of the target."""
+    x0, noise, sigma = torch.randn(2, 1, 300), torch.randn(2, 1, 300), torch.full((2,), 1e-3)
+    one = Denoiser(Zero(), precond).loss(x0, sigma, noise=noise)
+    exact = Denoiser(Zero(), precond).loss(x0.double(), sigma.double(), noise=noise.double())
+    torch.testing.assert_close(one.double(), exact, rtol=2e-4, atol=0)
+    if isinstance(precond, Eps | VE):  # their target is the noise alone
+        torch.testing.assert_close(one.double(), exact, rtol=1e-6, atol=0)

@@ -131,12 +131,14 @@ def test_same_seed_same_bytes_and_other_settings_other_bytes(video_pipeline: Pat
         ("--seed", "1"),
         ("--steps", "5"),
         ("--guidance", "6"),
+        ("--guidance", "apg"),
+        ("--guidance", "{class_path: mmdiff.guidance.Rescale, init_args: {guidance: 6}}"),
         ("--negative", "blue"),
         ("--sampler", "ddpm"),
         ("--sampler", "heun"),
     )
     for option, value in others:
-        assert run(option + value, option, value) != first, (option, value)
+        assert run(f"{option}{hash(value)}", option, value) != first, (option, value)
 
 
 def test_many_prompts_and_counts_number_their_files(video_pipeline: Path, tmp_path: Path) -> None:
@@ -161,7 +163,11 @@ def test_many_prompts_and_counts_number_their_files(video_pipeline: Path, tmp_pa
         (["x", "--steps", "0"], "--steps 0 is outside"),
         (["x", "--steps", "many"], "invalid int value"),
         (["x", "--count", "0"], "--count 0 is outside"),
-        (["x", "--sampler", "magic"], "invalid choice: 'magic'"),
+        (["x", "--sampler", "magic"], "--sampler magic: neither one of"),
+        (["x", "--guidance", "magic"], "--guidance magic: neither one of"),
+        (["x", "--guidance", "{class_path: os.system}"], "outside the trusted packages"),
+        (["x", "--guidance", "{class_path: mmdiff.guidance.APG, init_args: {scale: 0}}"], "must be at least 1"),
+        (["a (red", "--weighted"], "character 3: '(' is not closed"),
         (["x", "--guidance", "nan"], "--guidance nan is outside"),
         (["x", "--seed", "-1"], "--seed -1 is outside"),
         (["x", "--duration", "0"], "--duration 0.0 must be"),

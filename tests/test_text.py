@@ -40,6 +40,15 @@ def test_the_vector_hears_one_other_word() -> None:
     torch.testing.assert_close(vector[0], vector[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompt", [*PROMPTS, "two  cats", "犬" * 20, " x "])
+def test_spans_say_which_characters_a_token_stands_for(prompt: str) -> None:
+    encoder = ByteTransformer(16, 1, 2)
+    spans = encoder.spans(prompt)
+    assert len(spans) == encoder([prompt])[1].sum()
+    assert spans[0] == (0, 0)
+    assert "".join(prompt[first:end] for first, end in spans) == "".join(prompt.split())  # every mark, in order
+
+
 def test_prompts_are_told_apart() -> None:
     encoder = ByteTransformer(16, 1, 2).eval()
     pairs = [("dog", "god"), ("a b", "b a"), ("ab c", "a bc"), ("Walk", "walk"), ("犬", "猫"), ("x", ""), ("é", "e")]
@@ -143,7 +152,9 @@ def test_pretrained_towers_give_what_transformers_gives(tmp_path: Path, kind: st
         torch.testing.assert_close(vector[i], reference.mean(dim=0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(tokens[0, :2], tokens[1, :2])
     long = " ".join(WORDS)
-    assert encoder([long])[0].shape[1] == 8  # cut at max_tokens
+    with pytest.raises(ValueError, match=r"has 9 tokens, more than max_tokens=8: shorten it, or wrap"):
+        encoder(["a", long])  # nothing is cut silently
+    assert encoder([" ".join(WORDS[:7])])[0].shape[1] == encoder.longest == 8
     if kind != "t5":
         with pytest.raises(ValueError, match="max_tokens=500 is more than the"):
             PretrainedText(str(tmp_path), max_tokens=500)

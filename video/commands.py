@@ -3,18 +3,23 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmdiff.edit_options import Media, add_options
 from mmdiff.generate import parser, run
 
 if TYPE_CHECKING:
-    from mmdiff.cascade import Cascade, Clip
+    from torch import Tensor
+
+    from mmdiff.cascade import Cascade, Clip, Shape
 
 SHIPPED = Path(__file__).parent / "pretrained" / "sprites"
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def txt2vid(args: list[str]) -> int:
     """Generates videos from prompts and prints where they are: H.264 mp4, and a contact sheet with --preview."""
     options = parser("txt2vid", txt2vid.__doc__ or "", SHIPPED)
     options.add_argument("--frames", type=int, help="length in frames, instead of --duration")
+    add_options(options, "a picture or a video, white where it is new", first_frame=True)
     given = options.parse_args(args)
     if given.frames is not None and given.duration is not None:
         raise ValueError("give --frames or --duration, not both")
@@ -26,7 +31,7 @@ def txt2vid(args: list[str]) -> int:
             return int(given.frames)
         return cascade.shape[1] if given.duration is None else round(given.duration * cascade.rate)
 
-    return run(given, write, length)
+    return run(given, write, length, VideoFiles())
 
 
 def write(stem: Path, clip: "Clip", preview: bool) -> list[Path]:
@@ -39,3 +44,64 @@ def write(stem: Path, clip: "Clip", preview: bool) -> list[Path]:
         files.append(stem.with_name(f"{stem.name}.png"))
         contact_sheet(files[1], clip.data[0])
     return files
+
+
+class VideoFiles(Media):
+    """Videos and pictures as clips (1, 3, T, H, W): resized to cover the size, cropped in the middle."""
+
+    def check(self, path: Path) -> None:
+        from .files import VideoReader
+
+        if path.suffix.lower() in STILLS:
+            still(path)
+            return
+        with VideoReader(path) as reader:
+            reader.read([0])
+
+    def read(self, path: Path, shape: "Shape", rate: float) -> "tuple[Tensor, str]":
+        from .data import frames_at, resize_cover
+        from .files import VideoReader
+
+        if path.suffix.lower() in STILLS:
+            pixels = still(path)
+            words = f"a picture of {pixels.shape[3]}x{pixels.shape[2]}"
+        else:
+            with VideoReader(path) as reader:
+                pixels = reader.read(frames_at(reader, rate, shape[1]))
+                size = f"{pixels.shape[3]}x{pixels.shape[2]}"
+                words = f"{len(reader)} frames of {size} at {float(reader.fps):g} fps"
+        return resize_cover(pixels.float().div(127.5).sub(1), (shape[2], shape[3]))[None], words
+
+    def pad(self, clip: "Tensor", length: int) -> "Tensor":
+        import torch
+
+        return clip.index_select(2, torch.arange(length).clamp(max=clip.shape[2] - 1))
+
+    def check_mask(self, mask: str) -> None:
+        self.check(Path(mask))
+
+    def mask(self, mask: str, shape: "Shape", rate: float) -> "Tensor":
+        white, _ = self.read(Path(mask), shape, rate)
+        return self.pad(white, shape[1]).mean(dim=1, keepdim=True) > 0
+
+    def describe(self, shape: "Shape", rate: float) -> str:
+        plural = "s" if shape[1] != 1 else ""
+        return f"{shape[1]} frame{plural} of {shape[3]}x{shape[2]} at {rate:g} fps"
+
+
+def still(path: Path) -> "Tensor":
+    """A picture as a clip (3, 1, H, W) uint8, upright. Raises ValueError naming a file that cannot be read."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from .files import MAX_PIXELS
+
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{path}: {picture.width}x{picture.height} is over the limit of {MAX_PIXELS} pixels")
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[:, None]

@@ -104,6 +104,13 @@ class VideoDecode:
         return [_nearest_index(times_s, start_s + step / fps) for step in range(real)]
 
 
+def frames_at(reader: VideoReader, fps: float, most: int) -> list[int]:
+    """Indices of the frames shown at times k / fps from the start on, at most `most`."""
+    total_s = reader.times_s[-1] + 1 / float(reader.fps)
+    count = min(most, max(1, math.floor(total_s * fps + 1e-6)))
+    return [_nearest_index(reader.times_s, step / fps) for step in range(count)]
+
+
 def _nearest_index(times_s: list[float], time_s: float) -> int:
     after = bisect.bisect_left(times_s, time_s)
     if after == 0:

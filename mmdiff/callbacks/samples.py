@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cascade import Clip, Generate
+from ..guidance import Guidance
 from ..sampling import DPMpp2M, Sampler, seeded_noise
 from ..sigmas import Karras, Sigmas
 
@@ -38,7 +39,7 @@ class Samples(pl.Callback):
         sigmas: Sigmas | None = None,
         sampler: Sampler | None = None,
         steps: int = 16,
-        guidance: float = 1.0,
+        guidance: float | Guidance = 1.0,
         decode: bool = True,
     ) -> None:
         self.show, self.count, self.every = show, count, every

@@ -1,0 +1,237 @@
+"""Every sampler on every grid against exact solutions: order, law, and that the parametrisation changes nothing.
+
+All in float64 with the exact denoiser of one Gaussian and of a mixture of two, in 2 and 64 dimensions (oracles.py).
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdiff import precond
+from mmdiff.precond import Precond
+from mmdiff.sampling import (
+    RK4,
+    AdamsBashforth,
+    AdaptiveODE,
+    Ancestral,
+    Consistency,
+    DPMpp2M,
+    DPMpp2MSDE,
+    DPMpp2S,
+    DPMpp3M,
+    DPMpp3MSDE,
+    Euler,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    Sampler,
+    UniPC,
+)
+from mmdiff.sigmas import DDPM, Cosine, Flow, Geometric, Karras, Sigmas
+from tests.oracles import Mixture, distance, through_network, torch_noise
+
+GRIDS: dict[str, Sigmas] = {
+    "karras": Karras(),
+    "geometric": Geometric(),
+    "flow": Flow(),
+    "flow shifted": Flow(3.0),
+    "cosine": Cosine(),
+    "ddpm linear": DDPM(),
+    "ddpm scaled": DDPM("scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "ddpm cosine": DDPM("cosine"),
+    "zero terminal snr": DDPM(zero_terminal_snr=True),  # starts at 1e5
+}
+# The declared order of the global error. UniPC's corrector adds one to that of its predictor.
+ORDERS: list[tuple[Sampler, int]] = [
+    (Ancestral(), 1),
+    (Euler(), 1),
+    (AdamsBashforth(1), 1),
+    (Heun(), 2),
+    (Heun("flow"), 2),
+    (DPMpp2S(), 2),
+    (DPMpp2S(0.3), 2),
+    (DPMpp2M(), 2),
+    (DPMpp2MSDE(0.0), 2),
+    (AdamsBashforth(2), 2),
+    (AdamsBashforth(2, "sigma"), 2),
+    (UniPC(1), 2),
+    (UniPC(2), 3),
+    (UniPC(2, "bh1"), 3),
+    (DPMpp3M(), 3),
+    (DPMpp3MSDE(0.0), 3),
+    (AdamsBashforth(3), 3),
+    (AdamsBashforth(3, "sigma"), 3),
+    (UniPC(3), 4),
+    (RK4(), 4),
+]
+# With the longest step in ln(sigma) and the number of samples: the bias of the steps must be small beside 3 errors.
+STOCHASTIC: list[tuple[Sampler, float, int]] = [
+    (Ancestral(0.5), 0.02, 200),
+    (Ancestral(1.0), 0.015, 200),
+    (Euler(s_churn=40), 0.015, 200),
+    (Heun("flow", s_churn=40), 0.1, 2000),
+    (DPMpp2MSDE(), 0.2, 2000),
+    (DPMpp3MSDE(), 0.2, 2000),
+    (DPMpp3MSDE(0.5), 0.2, 2000),
+    (Langevin(10, 0.2), 0.05, 200),
+    (PredictorCorrector(), 0.02, 200),
+    (PredictorCorrector(0.0, 2), 0.04, 200),
+]
+PRECONDS: list[Precond] = [precond.Eps(), precond.X0(), precond.V(), precond.EDM(), precond.VE(), precond.Flow()]
+
+
+def name(sampler: Sampler) -> str:
+    changed = {k: v for k, v in vars(sampler).items() if v != getattr(type(sampler), k)}
+    return f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in changed.items())})"
+
+
+def describe(value: object) -> str:
+    return name(value) if isinstance(value, Sampler) else ""
+
+
+def levels_of(grid: Sigmas, end: float) -> list[float]:
+    """ln(sigma) of ten steps of the grid, cut off at `end`."""
+    return [*(v for v in grid.levels(10).log().tolist() if v > math.log(1.1 * end)), math.log(end)]
+
+
+def refined(levels: list[float], longest: float, parts: int) -> Tensor:
+    """The grid with every step cut into equal parts of ln(sigma), `parts` times as many as make them <= longest.
+
+    The first of them is cut anew by halves: a multistep method starts with a step of first order, and that one step
+    must not hide the order of all the others.
+    """
+    fine = levels[:1]
+    for high, low in pairwise(levels):
+        count = parts * math.ceil((high - low) / longest)
+        fine += [high + (low - high) * (i + 1) / count for i in range(count)]
+    ramp = [fine[0] + (fine[1] - fine[0]) * 2.0**-i for i in range(6, 0, -1)]
+    return torch.tensor([fine[0], *ramp, *fine[1:]], dtype=torch.float64).exp()
+
+
+def path_error(sampler: Sampler, oracle: Mixture, sigmas: Tensor, at: list[float]) -> float:
+    """Error at the levels `at` of the walk, in parts of the data's spread there: one level alone could be crossed."""
+    x = oracle.sample(8, torch.Generator().manual_seed(1), float(sigmas[0]))
+    numbers = {int((sigmas - level).abs().argmin()) - 1: level for level in at}
+    squares = []
+    for step in sampler.steps(oracle.denoise, x, sigmas, torch_noise(0)):
+        if step.number in numbers:
+            level = numbers[step.number]
+            error = (step.x - oracle.flow(x, float(sigmas[0]), level)) / math.hypot(oracle.std, level)
+            squares.append(error.square().mean().item())
+    assert len(squares) == len(at)
+    return math.sqrt(sum(squares))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("sampler", "order"), ORDERS, ids=describe)
+def test_order_of_global_error(sampler: Sampler, order: int, grid: str) -> None:
+    """Within 0.2 of the declared order, from two refinements of the grid. Measured: within 0.17."""
+    levels = levels_of(GRIDS[grid], 0.05)
+    oracles = [Mixture(2, gap=0.0), Mixture(64)] + ([Mixture(2), Mixture(64, gap=0.0)] if grid == "karras" else [])
+    at = [math.exp(level) for level in levels[1:]]
+    for oracle in oracles:
+        coarse, fine = (path_error(sampler, oracle, refined(levels, 0.25, parts), at) for parts in (2, 4))
+        assert abs(math.log2(coarse / fine) - order) < 0.2, (oracle, coarse, fine)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_adaptive_ode_keeps_its_tolerance(grid: str) -> None:
+    pytest.importorskip("torchdiffeq", reason="needs torchdiffeq: pip install 'mmdiff[ode]'")
+    levels = levels_of(GRIDS[grid], 0.05)
+    sigmas = torch.tensor([levels[0], 0.0, levels[-1]], dtype=torch.float64).exp()
+    for tolerance in (1e-4, 1e-7):
+        error = path_error(AdaptiveODE(tolerance, tolerance), Mixture(2), sigmas, [1.0, math.exp(levels[-1])])
+        assert error < 50 * tolerance
+
+
+def z_scores(oracle: Mixture, points: Tensor, sigma: float) -> list[float]:
+    """Of the mean and covariance of points (N, dim), in standard errors: along fixed directions, and in all at once.
+
+    The errors are known for one Gaussian, and estimated from the points for a mixture.
+    """
+    covariance = oracle.covariance(sigma)
+    first, second = torch.eye(oracle.dim, dtype=torch.float64)[:2]
+    centred = points - oracle.mean()
+    found = [(centred @ u, torch.zeros(()), u @ covariance @ u) for u in (first, second, oracle.axis)]
+    for u, v in ((first, first), (second, second), (first, second), (oracle.axis, oracle.axis)):
+        mean = u @ covariance @ v
+        found.append(((centred @ u) * (centred @ v), mean, mean**2 + (u @ covariance @ u) * (v @ covariance @ v)))
+    found.append((centred.square().sum(1), covariance.trace(), 2 * (covariance @ covariance).trace()))
+    scores = []
+    for values, mean, variance in found:
+        error = (variance if oracle.gap == 0 else values.var()) / len(values)
+        scores.append(float((values.mean() - mean) / error.sqrt()))
+    return scores
+
+
+def worst(
+    sampler: Sampler,
+    oracle: Mixture,
+    sigmas: Tensor,
+    count: int,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    start: float = 1.0,
+) -> float:
+    """The largest z score of `count` samples from exact starts; `scale` and `start` make noise and start wrong.
+
+    All are one batch row, so that the Brownian path has one seed for all.
+    """
+    x = start * oracle.sample(count, torch.Generator().manual_seed(seed), float(sigmas[0]))
+    noise = torch_noise(seed + 100)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return oracle.denoise(x.view(-1, oracle.dim), sigma).view_as(x)
+
+    points = sampler(denoise, x.view(1, -1), sigmas, lambda like: scale * noise(like)).view_as(x)
+    return max(map(abs, z_scores(oracle, points, float(sigmas[-1]))))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("sampler", "longest", "count"), STOCHASTIC, ids=describe)
+def test_law_of_stochastic_samplers(sampler: Sampler, longest: float, count: int, grid: str) -> None:
+    """Mean and covariance within 3 standard errors, in 2 dimensions and with fewer samples in 64.
+
+    Among the 1440 numbers compared 4 of a right sampler lie beyond 3, so where one does a second draw decides.
+    """
+    sigmas = refined(levels_of(GRIDS[grid], 0.05), longest, 1)
+    for oracle, points in ((Mixture(2), count), (Mixture(64, gap=0.0), 60)):
+        assert any(worst(sampler, oracle, sigmas, points, seed=seed) < 3 for seed in (0, 1))
+
+
+def test_the_law_is_measured_well_enough() -> None:
+    """The same numbers tell noise that is 20 % too strong, and a start that is too wide."""
+    sigmas, oracle = refined(levels_of(Karras(), 0.05), 0.1, 1), Mixture(2)
+    for seed in (0, 1):
+        assert worst(Ancestral(1.0), oracle, sigmas, 2000, seed=seed, scale=1.2) > 3
+        assert worst(DPMpp2MSDE(0.0), oracle, sigmas, 2000, seed=seed, start=1.2) > 3
+
+
+@pytest.mark.parametrize("dim", [2, 64])
+def test_law_of_consistency_sampling(dim: int) -> None:
+    """With the exact consistency function, the end of the ODE's path, any number of steps gives the data's law."""
+    oracle = Mixture(dim)
+    for sigmas in ([80.0, 0.0], [80.0, 2.0, 0.0], [80.0, 5.0, 1.0, 0.2, 0.0]):
+        x = oracle.sample(2000, torch.Generator().manual_seed(4), 80.0)
+        points = Consistency()(
+            lambda x, sigma: oracle.flow(x, float(sigma), 0.0), x, torch.tensor(sigmas), torch_noise(5)
+        )
+        assert max(map(abs, z_scores(oracle, points, 0.0))) < 3
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "sampler", [*(s for s, _ in ORDERS), *(s for s, *_ in STOCHASTIC), Consistency(0.002)], ids=name
+)
+def test_the_parametrisation_changes_no_sample(sampler: Sampler, grid: str) -> None:
+    """The same D through each kind of network. Less than 1e-5 apart, as asked; measured 2e-8, at most, from 1e5."""
+    sigmas, oracle = GRIDS[grid](12).double(), Mixture(2)
+    x = oracle.sample(4, torch.Generator().manual_seed(6), float(sigmas[0]))
+    plain = sampler(oracle.denoise, x, sigmas, torch_noise(7))
+    assert plain.isfinite().all()
+    for kind in PRECONDS:
+        assert distance(sampler(through_network(oracle.denoise, kind), x, sigmas, torch_noise(7)), plain) < 1e-5, kind
