@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .cascade import Cascade, Clip
 from .data.clips import ClipDataset
 from .data.media import whole_file
+from .named import pick_guidance
 from .readers import (
     Labels,
     Reader,
@@ -265,7 +266,10 @@ def _words(labels: Labels) -> str:
 
 
 def main(args: list[str]) -> int:
-    """Runs `mmdiff eval NAME ...`. Raises ValueError for a wrong value."""
+    """Judges generated clips by a reader trained on real ones.
+
+    Raises ValueError for a wrong value.
+    """
     found: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group="mmdiff.evals")}
     listed = "\n".join(f"  {name:<12}{found[name].value}" for name in sorted(found)) or "  none installed"
     usage = f"usage: mmdiff eval NAME ...\n\nevaluations (mmdiff eval NAME --help says more):\n{listed}"
@@ -281,8 +285,7 @@ def main(args: list[str]) -> int:
         value = getattr(options, option)
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')} {value} is below {least}")
-    if options.guidance is not None and not math.isfinite(options.guidance):
-        raise ValueError(f"--guidance {options.guidance} is not a finite number")
+    guidance = None if options.guidance is None else pick_guidance(options.guidance)
     if not Path(options.data).expanduser().exists():
         raise ValueError(
             f"--data {options.data} does not exist (working directory {Path.cwd()}); give the data's folder"
@@ -297,8 +300,8 @@ def main(args: list[str]) -> int:
     device = pick_device(options.device)
     folder = fetch(options.pipeline)
     cascade = load_pipeline(folder).to(device)
-    changed = {k: getattr(options, k) for k in ("steps", "guidance") if getattr(options, k) is not None}
-    cascade = cascade.with_base(**changed) if changed else cascade
+    changed = {"steps": options.steps, "guidance": guidance}
+    cascade = cascade.with_base(**{k: value for k, value in changed.items() if value is not None})
     base = next(iter(cascade.stages.values()))
     settings = {k: getattr(base, k) for k in ("steps", "guidance") if hasattr(base, k)}
     settings = {k: v if isinstance(v, (int, float)) else repr(v) for k, v in settings.items()}  # a rule, for the JSON
@@ -321,7 +324,7 @@ def _parser(name: str, task: Task) -> argparse.ArgumentParser:
     parser.add_argument("--data", default=task.data, help="folder of the real clips")
     parser.add_argument("--count", type=int, default=100, help="clips to generate")
     parser.add_argument("--steps", type=int, help="sampling steps of the first stage; without it the pipeline's")
-    parser.add_argument("--guidance", type=float, help="guidance scale of the first stage; without it the pipeline's")
+    parser.add_argument("--guidance", help="of the first stage, a scale, a name or YAML; without it the pipeline's")
     parser.add_argument("--seed", type=int, default=0, help="of the clips and of the reader's training")
     parser.add_argument("--batch-size", type=int, default=10, help="clips generated together")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -407,7 +407,7 @@ def test_the_command_lists_evaluations(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["--steps", "0"], "--steps 0 is below 1"),
         (["--seed", "-1"], "--seed -1 is below 0"),
         (["--batch-size", "0"], "--batch-size 0 is below 1"),
-        (["--guidance", "nan"], "--guidance nan is not a finite number"),
+        (["--guidance", "nan"], "--guidance nan is outside 0..100"),
     ],
 )
 @pytest.mark.parametrize("task", [sprites, digits])

@@ -315,3 +315,12 @@ def test_the_third_order_of_diffusers_is_second() -> None:
     assert 2.8 < math.log2(ratio_ours) < 3.3
     assert math.log2(ratio_theirs) < 2.3
     assert errors[1][0] < errors[1][1] / 2
+
+
+def test_bh1_of_diffusers_is_not_finite_on_a_grid_that_ends_at_0() -> None:
+    """B(h) = h is infinite there, times a difference of 0; ours ends in the estimate, as every step to 0 does."""
+    scheduler, _ = multistep("UniPCMultistepScheduler", 8, solver_order=2, solver_type="bh1")
+    noise, sigmas = normal(2, 32), DDPM()(8)
+    assert run_theirs(scheduler, noise).isnan().all()
+    sample = UniPC(2, "bh1")(wrap(eps_network, Eps(DDPM())), start(noise, sigmas[0]), sigmas, never)
+    assert sample.isfinite().all()

@@ -34,7 +34,7 @@ from mmdiff.sampling import (
     seeded_noise,
     start,
 )
-from mmdiff.sigmas import Karras
+from mmdiff.sigmas import DDPM, Karras
 from tests.oracles import Mixture, distance, torch_noise
 
 KINDS = [
@@ -254,3 +254,19 @@ def test_one_step_of_the_forward_process(x: float, beta: float, eps: float, expe
     sigma = math.sqrt(beta / (1 - beta))
     x_t = (x + sigma * eps) / math.hypot(1, sigma)  # alpha = 1 / sqrt(1 + sigma^2)
     assert round(x_t, 3) == expected
+
+
+def test_the_chain_and_the_closed_form_have_one_law() -> None:
+    """50 steps of q(x_t | x_{t-1}) and (x0 + sigma eps) / sqrt(1 + sigma^2), within 3 errors."""
+    bar = 1 / (1 + DDPM().table[:50].square())  # alpha_bar
+    beta = 1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+    draw, count = torch_noise(0), 20_000
+    chain = torch.full((count,), 0.7, dtype=torch.float64)
+    for b in beta:
+        chain = (1 - b).sqrt() * chain + b.sqrt() * draw(chain)
+    closed = (0.7 + DDPM().table[49] * draw(chain)) / (1 + DDPM().table[49].square()).sqrt()
+    mean, variance = 0.7 * bar[-1].sqrt(), 1 - bar[-1]
+    for points in (chain, closed):
+        assert abs(points.mean() - mean) < 3 * (variance / count).sqrt()
+        assert abs(points.var() / variance - 1) < 3 * math.sqrt(2 / count)
+        assert abs((points > mean).double().mean() - 0.5) < 3 * 0.5 / math.sqrt(count)

@@ -70,7 +70,7 @@ ORDERS: list[tuple[Sampler, int]] = [
 # With the longest step in ln(sigma) and the number of samples: the bias of the steps must be small beside 3 errors.
 STOCHASTIC: list[tuple[Sampler, float, int]] = [
     (Ancestral(0.5), 0.02, 200),
-    (Ancestral(1.0), 0.015, 200),
+    (Ancestral(1.0), 0.01, 200),
     (Euler(s_churn=40), 0.015, 200),
     (Heun("flow", s_churn=40), 0.1, 2000),
     (DPMpp2MSDE(), 0.2, 2000),
@@ -194,12 +194,12 @@ def worst(
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("sampler", "longest", "count"), STOCHASTIC, ids=describe)
 def test_law_of_stochastic_samplers(sampler: Sampler, longest: float, count: int, grid: str) -> None:
-    """Mean and covariance within 3 standard errors, in 2 dimensions and with fewer samples in 64.
+    """Mean and covariance within 3 standard errors; in 64 dimensions with 300 samples, or 60.
 
     Among the 1440 numbers compared 4 of a right sampler lie beyond 3, so where one does a second draw decides.
     """
     sigmas = refined(levels_of(GRIDS[grid], 0.05), longest, 1)
-    for oracle, points in ((Mixture(2), count), (Mixture(64, gap=0.0), 60)):
+    for oracle, points in ((Mixture(2), count), (Mixture(64, gap=0.0), 300 if longest >= 0.1 else 60)):
         assert any(worst(sampler, oracle, sigmas, points, seed=seed) < 3 for seed in (0, 1))
 
 

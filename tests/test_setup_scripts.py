@@ -239,6 +239,20 @@ def test_environment_whose_python_is_gone_is_made_anew(checkout: Checkout) -> No
     assert "making it anew" in run.stdout
 
 
+@pytest.mark.parametrize("pip", [0, 1])
+def test_test_sh_adds_k_diffusion_alone_and_does_without_it(checkout: Checkout, pip: int) -> None:
+    python = checkout.python("python3.12")
+    checkout.run("test.sh")
+    checkout.calls()
+    lacks = f'"-c import sys; from"*) exit 1 ;;\n"-m pip") echo "$@" >>"{checkout.calls_file}"; exit {pip} ;;\n'
+    venv_python = checkout.venv / "bin" / "python"
+    venv_python.write_text(python.read_text().replace('"-m venv")', lacks + '"-m venv")'))
+    run = checkout.run("test.sh")
+    assert run.returncode == 0, run.stderr
+    assert checkout.calls()[0] == f"-m pip install -q --no-deps -c {checkout.root}/constraints.txt k-diffusion"
+    assert ("could not be installed" in run.stderr) == bool(pip)
+
+
 def test_environment_of_the_user_is_added_to(checkout: Checkout) -> None:
     python = checkout.python("python3.12")
     (checkout.venv / "bin").mkdir(parents=True)
