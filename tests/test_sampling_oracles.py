@@ -5,6 +5,7 @@ All in float64 with the exact denoiser of one Gaussian and of a mixture of two, 
 
 import math
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -67,16 +68,17 @@ ORDERS: list[tuple[Sampler, int]] = [
     (UniPC(3), 4),
     (RK4(), 4),
 ]
-# With the longest step in ln(sigma) and the number of samples: the bias of the steps must be small beside 3 errors.
+# With the longest step in ln(sigma) and the number of samples: the bias of the steps must be small beside an error.
+# test_sampling_law.py draws from them.
 STOCHASTIC: list[tuple[Sampler, float, int]] = [
     (Ancestral(0.5), 0.02, 200),
     (Ancestral(1.0), 0.01, 200),
-    (Euler(s_churn=40), 0.015, 200),
+    (Euler(s_churn=40), 0.0075, 200),
     (Heun("flow", s_churn=40), 0.1, 2000),
-    (DPMpp2MSDE(), 0.2, 2000),
+    (DPMpp2MSDE(), 0.15, 2000),
     (DPMpp3MSDE(), 0.2, 2000),
     (DPMpp3MSDE(0.5), 0.2, 2000),
-    (Langevin(10, 0.2), 0.05, 200),
+    (Langevin(10, 0.4), 0.05, 200),
     (PredictorCorrector(), 0.02, 200),
     (PredictorCorrector(0.0, 2), 0.04, 200),
 ]
@@ -139,88 +141,49 @@ def test_order_of_global_error(sampler: Sampler, order: int, grid: str) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_adaptive_ode_keeps_its_tolerance(grid: str) -> None:
+    """Error below 7 times the tolerance, and every call of the denoiser between the levels of the grid.
+
+    A step may err by tolerance * (1 + |z|) in z, here 2.4 tolerances. What one errs at sigma the path multiplies, in
+    parts of the data's spread, by at most 6.9: the largest slope of `flow` at the 8 starts, for an error made at the
+    last sigma where they part; later ones count less. The worst of all steps at once would add up to 63 tolerances at
+    1e-4 and 200 at 1e-7; but the method's own error lies below its estimate, which is that of a lower order, and this
+    is not the worst case. Measured: at most 4.3, and 8.9 to 27 at 1e-4 where the last step is interpolated.
+    """
     pytest.importorskip("torchdiffeq", reason="needs torchdiffeq: pip install 'mmdiff[ode]'")
     levels = levels_of(GRIDS[grid], 0.05)
     sigmas = torch.tensor([levels[0], 0.0, levels[-1]], dtype=torch.float64).exp()
     for tolerance in (1e-4, 1e-7):
         error = path_error(AdaptiveODE(tolerance, tolerance), Mixture(2), sigmas, [1.0, math.exp(levels[-1])])
-        assert error < 50 * tolerance
+        assert error < 7 * tolerance
 
 
-def z_scores(oracle: Mixture, points: Tensor, sigma: float) -> list[float]:
-    """Of the mean and covariance of points (N, dim), in standard errors: along fixed directions, and in all at once.
-
-    The errors are known for one Gaussian, and estimated from the points for a mixture.
-    """
-    covariance = oracle.covariance(sigma)
-    first, second = torch.eye(oracle.dim, dtype=torch.float64)[:2]
-    centred = points - oracle.mean()
-    found = [(centred @ u, torch.zeros(()), u @ covariance @ u) for u in (first, second, oracle.axis)]
-    for u, v in ((first, first), (second, second), (first, second), (oracle.axis, oracle.axis)):
-        mean = u @ covariance @ v
-        found.append(((centred @ u) * (centred @ v), mean, mean**2 + (u @ covariance @ u) * (v @ covariance @ v)))
-    found.append((centred.square().sum(1), covariance.trace(), 2 * (covariance @ covariance).trace()))
-    scores = []
-    for values, mean, variance in found:
-        error = (variance if oracle.gap == 0 else values.var()) / len(values)
-        scores.append(float((values.mean() - mean) / error.sqrt()))
-    return scores
-
-
-def worst(
-    sampler: Sampler,
-    oracle: Mixture,
-    sigmas: Tensor,
-    count: int,
-    *,
-    seed: int = 0,
-    scale: float = 1.0,
-    start: float = 1.0,
-) -> float:
-    """The largest z score of `count` samples from exact starts; `scale` and `start` make noise and start wrong.
-
-    All are one batch row, so that the Brownian path has one seed for all.
-    """
-    x = start * oracle.sample(count, torch.Generator().manual_seed(seed), float(sigmas[0]))
-    noise = torch_noise(seed + 100)
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "adaptive_heun"])
+def test_adaptive_ode_calls_within_its_levels(method: Literal["dopri5", "dopri8", "bosh3", "adaptive_heun"]) -> None:
+    """Also from 1e5, where the slope is almost 0: no trial step below the end, to levels that no network has seen."""
+    pytest.importorskip("torchdiffeq", reason="needs torchdiffeq: pip install 'mmdiff[ode]'")
+    oracle, seen = Mixture(2), list[float]()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return oracle.denoise(x.view(-1, oracle.dim), sigma).view_as(x)
+        seen.append(float(sigma))
+        return oracle.denoise(x, sigma)
 
-    points = sampler(denoise, x.view(1, -1), sigmas, lambda like: scale * noise(like)).view_as(x)
-    return max(map(abs, z_scores(oracle, points, float(sigmas[-1]))))
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("sampler", "longest", "count"), STOCHASTIC, ids=describe)
-def test_law_of_stochastic_samplers(sampler: Sampler, longest: float, count: int, grid: str) -> None:
-    """Mean and covariance within 3 standard errors; in 64 dimensions with 300 samples, or 60.
-
-    Among the 1440 numbers compared 4 of a right sampler lie beyond 3, so where one does a second draw decides.
-    """
-    sigmas = refined(levels_of(GRIDS[grid], 0.05), longest, 1)
-    for oracle, points in ((Mixture(2), count), (Mixture(64, gap=0.0), 300 if longest >= 0.1 else 60)):
-        assert any(worst(sampler, oracle, sigmas, points, seed=seed) < 3 for seed in (0, 1))
+    x = oracle.sample(8, torch.Generator().manual_seed(1), 1e5)
+    end = AdaptiveODE(1e-4, 1e-4, method)(denoise, x, torch.tensor([1e5, 0.5], dtype=torch.float64), torch_noise(0))
+    assert 0.5 * (1 - 1e-9) < min(seen) < max(seen) < 1e5 * (1 + 1e-9)
+    assert distance(end, oracle.flow(x, 1e5, 0.5)) < 1e-3
 
 
-def test_the_law_is_measured_well_enough() -> None:
-    """The same numbers tell noise that is 20 % too strong, and a start that is too wide."""
-    sigmas, oracle = refined(levels_of(Karras(), 0.05), 0.1, 1), Mixture(2)
-    for seed in (0, 1):
-        assert worst(Ancestral(1.0), oracle, sigmas, 2000, seed=seed, scale=1.2) > 3
-        assert worst(DPMpp2MSDE(0.0), oracle, sigmas, 2000, seed=seed, start=1.2) > 3
+def test_adaptive_ode_keeps_the_tolerance_of_one_sample_among_many() -> None:
+    """999 neighbours whose path stands still in z, data of N(0, 1), change nothing: they dilute no error."""
+    pytest.importorskip("torchdiffeq", reason="needs torchdiffeq: pip install 'mmdiff[ode]'")
+    oracle, sigmas = Mixture(2), torch.tensor([80.0, 0.05], dtype=torch.float64)
 
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.cat([oracle.denoise(x[:1], sigma), x[1:] / (1 + sigma**2)])
 
-@pytest.mark.parametrize("dim", [2, 64])
-def test_law_of_consistency_sampling(dim: int) -> None:
-    """With the exact consistency function, the end of the ODE's path, any number of steps gives the data's law."""
-    oracle = Mixture(dim)
-    for sigmas in ([80.0, 0.0], [80.0, 2.0, 0.0], [80.0, 5.0, 1.0, 0.2, 0.0]):
-        x = oracle.sample(2000, torch.Generator().manual_seed(4), 80.0)
-        points = Consistency()(
-            lambda x, sigma: oracle.flow(x, float(sigma), 0.0), x, torch.tensor(sigmas), torch_noise(5)
-        )
-        assert max(map(abs, z_scores(oracle, points, 0.0))) < 3
+    x = oracle.sample(1000, torch.Generator().manual_seed(1), 80.0)
+    ends = [AdaptiveODE()(denoise, rows, sigmas, torch_noise(0))[:1] for rows in (x[:1], x)]
+    assert distance(*ends) < 1e-12
 
 
 @pytest.mark.parametrize("grid", GRIDS)
