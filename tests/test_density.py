@@ -96,7 +96,7 @@ def kolmogorov(values: Tensor, cdf: Callable[[Tensor], Tensor]) -> float:
         (Uniform(0.2, 0.9), part_of_time_cdf),
         (Shifted(Uniform(), 3.0), shifted_time_cdf),
     ],
-    ids=repr,
+    ids=lambda value: value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value),
 )
 def test_draws_follow_the_closed_form(law: SigmaDensity, cdf: Callable[[Tensor], Tensor]) -> None:
     draws = law.sample(50_000, "cpu", seeded(0))
