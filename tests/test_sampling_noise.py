@@ -67,8 +67,8 @@ CHANGES: list[tuple[type[Sampler], dict[str, Any], str, Any]] = [
     (PredictorCorrector, {}, "eta", 0.5),
     (PredictorCorrector, {}, "corrections", 2),
     (PredictorCorrector, {}, "snr", 0.2),
-    (AdaptiveODE, {}, "rtol", 1e-2),
-    (AdaptiveODE, {}, "atol", 1e-2),
+    (AdaptiveODE, {"atol": 1e-9}, "rtol", 1e-9),
+    (AdaptiveODE, {"rtol": 1e-9}, "atol", 1e-9),
     (AdaptiveODE, {}, "method", "dopri8"),
     (Consistency, {}, "sigma_min", 0.1),
 ]

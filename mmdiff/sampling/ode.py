@@ -43,7 +43,7 @@ class AdaptiveODE(Sampler):
         def slope(level: Tensor, z: Tensor) -> Tensor:
             sigma = math.exp(float(level))
             norm = math.hypot(1.0, sigma)
-            return (z / norm - denoise(z * norm, sigma)) / norm
+            return (z / norm - denoise((z * norm).to(x.dtype), sigma)) / norm
 
         for number, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             x0 = denoise(x, sigma)
@@ -55,9 +55,9 @@ class AdaptiveODE(Sampler):
                 # polynomial whose error no tolerance bounds. first_step: its own guess calls the denoiser wherever the
                 # first slope leads, where that is almost 0 at sigma = 0
                 options = {"step_t": span[1:], "first_step": 1.0, "norm": worst_sample}
-                z = x / math.hypot(1.0, sigma)
+                z = x.double() / math.hypot(1.0, sigma)  # its closing polynomial cancels digits of float32
                 z = odeint(slope, z, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
-                x = z * math.hypot(1.0, sigma_next)
+                x = (z * math.hypot(1.0, sigma_next)).to(x.dtype)
             yield Step(number, sigma, x, x0)
 
 
