@@ -141,6 +141,12 @@ def test_same_seed_same_bytes_and_other_settings_other_bytes(video_pipeline: Pat
         assert run(f"{option}{hash(value)}", option, value) != first, (option, value)
 
 
+def test_steps_are_the_steps_that_run(video_pipeline: Path, tmp_path: Path) -> None:
+    args = ["a red circle", "--pipeline", str(video_pipeline), "--out", str(tmp_path), "--steps", "5", "--count", "2"]
+    assert txt2vid(args) == 0
+    assert [json.loads(f.read_text("utf-8"))["steps"] for f in made(tmp_path, "json")] == ["5", "5"]
+
+
 def test_many_prompts_and_counts_number_their_files(video_pipeline: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\nein Füchslein / ../../etc\n", "utf-8")

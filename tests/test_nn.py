@@ -127,6 +127,14 @@ def test_rotary_is_complex_multiplication(sizes: tuple[int, ...], width: int) ->
     torch.testing.assert_close(rotary(x, sizes), complex_rotary(x, sizes), rtol=1e-5, atol=1e-5)
 
 
+def test_rotary_tells_far_positions_apart_in_half_precision() -> None:
+    """Positions in bfloat16 are whole numbers up to 256 alone: from there on steps would share their angles."""
+    x = torch.randn(1, 1, 1, 16).expand(1, 1, 600, 16)
+    turned = rotary(x.bfloat16(), (600,))
+    assert turned.dtype == torch.bfloat16
+    torch.testing.assert_close(turned.float(), complex_rotary(x.bfloat16().float(), (600,)), rtol=0.01, atol=0.02)
+
+
 def test_rotary_scores_depend_on_distances_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16)
     turned_q, turned_k = rotary(q.expand(1, 1, 9, 16), [9])[0, 0], rotary(k.expand(1, 1, 9, 16), [9])[0, 0]
