@@ -45,8 +45,9 @@ class Edit:
         if self.known is not None:
             check_mask(self.known)
             want = (self.clip.shape[0], 1, *self.clip.shape[2:])
-            pairs = list(zip(self.known.shape, want, strict=False))
-            if self.known.ndim != self.clip.ndim or any(n not in (1, w) for n, w in pairs):
+            if self.known.ndim != self.clip.ndim or any(
+                n not in (1, w) for n, w in zip(self.known.shape, want, strict=True)
+            ):
                 raise ValueError(
                     f"known has shape {tuple(self.known.shape)}, but a clip of {tuple(self.clip.shape)} needs "
                     f"{want}, or 1 in the place of a size"
