@@ -59,9 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """The checkpoint in a local file. Raises ValueError on a URL, a broken file or one that holds other objects."""
         if weights_only is False:
-            raise ValueError(
-                "weights_only=False would run code from the checkpoint; only weights_only=True is supported"
-            )
+            raise ValueError("weights_only must be True: without it a checkpoint could run its own code")
         source = _local(path)
         if not source.is_file():
             raise FileNotFoundError(f"no such checkpoint: {source}")

@@ -16,8 +16,18 @@ from mmdiff.sampling import Denoise
 from .rules import Bind, Guidance, as_guidance, short
 
 
+class _Around(Guidance):
+    """A rule around the rule `guidance`, which alone decides whether `neg` matters."""
+
+    guidance: Guidance | float
+
+    @property
+    def reads_neg(self) -> bool:
+        return as_guidance(self.guidance).reads_neg
+
+
 @dataclass(frozen=True)
-class Rescale(Guidance):
+class Rescale(_Around):
     """Guided estimate brought back to the conditional one's standard deviation, item by item.
 
     phi: share of the rescaled estimate, 0 (none) to 1. Source: arXiv 2305.08891, eq. 15-16, on the estimate of x0;
@@ -31,10 +41,6 @@ class Rescale(Guidance):
         if not 0 <= self.phi <= 1:
             raise ValueError(f"phi={self.phi} must lie between 0 (no rescaling) and 1 (all of it); 0.7 is usual")
         as_guidance(self.guidance)
-
-    @property
-    def reads_neg(self) -> bool:
-        return as_guidance(self.guidance).reads_neg
 
     def __call__(self, pos: Denoise, neg: Denoise, sigmas: Tensor, bind: Bind | None = None) -> Denoise:
         heard: list[Tensor] = []  # what the rule inside had of `pos` in this call, so that it is not called twice
@@ -58,7 +64,7 @@ class Rescale(Guidance):
 
 
 @dataclass(frozen=True)
-class Interval(Guidance):
+class Interval(_Around):
     """Guides where low < sigma <= high alone; elsewhere the conditional estimate, at half the cost.
 
     Source: arXiv 2404.07724, with its values for SDXL as defaults. Raises ValueError, in the call, if no level
@@ -73,10 +79,6 @@ class Interval(Guidance):
         if not 0 <= self.low < self.high:
             raise ValueError(f"low={self.low}, high={self.high} must satisfy 0 <= low < high; inf is no upper end")
         as_guidance(self.guidance)
-
-    @property
-    def reads_neg(self) -> bool:
-        return as_guidance(self.guidance).reads_neg
 
     def __call__(self, pos: Denoise, neg: Denoise, sigmas: Tensor, bind: Bind | None = None) -> Denoise:
         if not self._holds(sigmas).any():
@@ -101,7 +103,7 @@ class Interval(Guidance):
 
 
 @dataclass(frozen=True)
-class Threshold(Guidance):
+class Threshold(_Around):
     """Dynamic thresholding: an item's estimate is cut at its own `percentile` of |x0| and divided by it.
 
     percentile: 0 to 1. limit: where the data ends, 1 for pixels in [-1, 1]; an item whose percentile lies below it is
@@ -120,10 +122,6 @@ class Threshold(Guidance):
             raise ValueError(f"limit={self.limit} must be positive and finite; 1 for pixels in [-1, 1]")
         as_guidance(self.guidance)
 
-    @property
-    def reads_neg(self) -> bool:
-        return as_guidance(self.guidance).reads_neg
-
     def __call__(self, pos: Denoise, neg: Denoise, sigmas: Tensor, bind: Bind | None = None) -> Denoise:
         guide = as_guidance(self.guidance)(pos, neg, sigmas, bind)
 
@@ -140,7 +138,7 @@ class Threshold(Guidance):
 
 
 @dataclass(frozen=True, repr=False)
-class Classifier(Guidance):
+class Classifier(_Around):
     """Push up the gradient of a classifier of noisy clips: D + sigma^2 * scale * grad_x log p(target | x, sigma).
 
     classifier: the model folder of a module that maps (x, sigma) to logits (B, classes), or the module. x is
@@ -166,10 +164,6 @@ class Classifier(Guidance):
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"scale={self.scale} must be finite and not 0, which would push nowhere; 1 to 10 is usual")
         as_guidance(self.guidance)
-
-    @property
-    def reads_neg(self) -> bool:
-        return as_guidance(self.guidance).reads_neg
 
     def __call__(self, pos: Denoise, neg: Denoise, sigmas: Tensor, bind: Bind | None = None) -> Denoise:
         guide = as_guidance(self.guidance)(pos, neg, sigmas, bind)

@@ -66,7 +66,7 @@ class DPMpp3M(Sampler):
 
     The first step is of first order, the second of second; they cost little where sigma is large beside the data.
     Source: arXiv 2211.01095, eq. 9 with n = 3, integrated exactly. The published code has half of the second
-    derivative's term, and second order (tests/test_sampling_references.py shows it).
+    derivative's term, and second order (tests/test_sampling_diffusers.py shows it).
     """
 
     def walk(self, denoise: Estimate, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Step]:
