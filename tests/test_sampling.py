@@ -1,4 +1,4 @@
-"""Samplers against closed-form solutions, their noise, their settings. See also test_sampling_oracles, _law, _noise, _diffusers.
+"""Samplers against closed-form solutions, their noise, their settings. See also test_sampling_oracles and its like.
 
 Every denoiser here is a formula, so a test takes milliseconds. The tolerances are stated with what was measured.
 """
