@@ -4,6 +4,7 @@ B batch, T samples, F linear frequency bins, M mel bins. torchaudio's (..., M, T
 """
 
 import math
+from typing import Literal
 
 import torch
 import torchaudio
@@ -19,10 +20,13 @@ class Mel(Autoencoder):
     """Log-mel magnitudes, scaled to about [-1, 1]; decoding is Griffin-Lim on a non-negative least-squares inverse.
 
     Args:
-        sample_rate: of the waveform, Hz. n_fft, hop_length: of the Hann-windowed STFT, samples. mels: mel bins (M),
-            HTK scale from 0 Hz to half the sample rate.
+        sample_rate: of the waveform, Hz. n_fft, hop_length: of the Hann-windowed STFT, samples.
+        mels: mel bins (M), triangles of height 1 from 0 Hz to half the sample rate. scale: by which they are spaced.
         mean, std: of log10(magnitude) over the data; the defaults suit speech at peak 1 with silence around it.
         iterations: of Griffin-Lim (Griffin & Lim 1984, with the momentum of Perraudin et al. 2013).
+
+    For equal settings the magnitudes are those of torchaudio's MelSpectrogram and librosa's melspectrogram (power 1,
+    norm None, centred frames padded with zeros) to a relative 1e-4, times 2 / sum(window), without the last frame.
 
     Decoding starts from fixed phases, so it is a function of its input. Raises ValueError for waveforms that are not
     mono or whose length is not a multiple of hop_length.
@@ -39,8 +43,11 @@ class Mel(Autoencoder):
         mean: float = -2.5,
         std: float = 1.5,
         iterations: int = 64,
+        scale: Literal["htk", "slaney"] = "htk",
     ) -> None:
         super().__init__()
+        if scale not in ("htk", "slaney"):
+            raise ValueError(f"scale={scale!r} is unknown; choose htk or slaney")
         if n_fft % hop_length:
             raise ValueError(f"n_fft={n_fft} is not a multiple of hop_length={hop_length}")
         if n_fft == hop_length:
@@ -52,7 +59,9 @@ class Mel(Autoencoder):
         self.sample_rate, self.n_fft, self.hop_length, self.mels = sample_rate, n_fft, hop_length, mels
         self.mean, self.std, self.iterations = mean, std, iterations
         self.factors = (hop_length,)
-        bank = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, mels, sample_rate)  # (F, M)
+        bank = torchaudio.functional.melscale_fbanks(
+            n_fft // 2 + 1, 0.0, sample_rate / 2, mels, sample_rate, mel_scale=scale
+        )  # (F, M)
         if (bank.sum(dim=0) == 0).any():
             raise ValueError(f"mels={mels} is too many for n_fft={n_fft}: some mel bins hold no frequency; raise n_fft")
         self.register_buffer("bank", bank, persistent=False)
@@ -71,12 +80,14 @@ class Mel(Autoencoder):
             raise ValueError(
                 f"a mel spectrogram needs (B, 1, T) with T a multiple of {self.hop_length}, not {tuple(x.shape)}"
             )
-        spectrum = torch.stft(
-            x[:, 0], self.n_fft, self.hop_length, window=self.window, pad_mode="constant", return_complex=True
-        )  # (B, F, T / hop + 1)
-        magnitude = spectrum.abs()[..., :-1].transpose(1, 2) * (2 / self.window.sum())  # a full-scale sine peaks at 1
-        mel = magnitude @ self.bank
-        return ((mel.clamp(min=FLOOR).log10() - self.mean) / self.std)[:, None]
+        with torch.autocast(x.device.type, enabled=False):  # half precision would round levels by some 0.1 dB
+            spectrum = torch.stft(
+                x[:, 0].float(), self.n_fft, self.hop_length, window=self.window, pad_mode="constant",
+                return_complex=True,
+            )  # (B, F, T / hop + 1)  # fmt: skip
+            magnitude = spectrum.abs()[..., :-1].transpose(1, 2) * (2 / self.window.sum())  # 1 is a full-scale sine
+            mel = magnitude @ self.bank
+            return ((mel.clamp(min=FLOOR).log10() - self.mean) / self.std)[:, None]
 
     def known(self, mask: Tensor) -> Tensor:
         half = self.n_fft // 2  # of the window around a frame; beyond the ends there is silence, which is known
@@ -86,9 +97,10 @@ class Mel(Autoencoder):
         return (missing[..., :-1] == 0)[..., None].expand(-1, -1, -1, self.mels)
 
     def decode(self, z: Tensor) -> Tensor:
-        mel = 10 ** (z[:, 0] * self.std + self.mean).clamp(math.log10(FLOOR), 2.0)
-        mel = torch.where(mel <= FLOOR * 1.01, 0, mel)
-        magnitude = nonnegative_inverse(mel, self.bank)  # (B, T', F)
+        with torch.autocast(z.device.type, enabled=False):
+            mel = 10 ** (z[:, 0].float() * self.std + self.mean).clamp(math.log10(FLOOR), 2.0)
+            mel = torch.where(mel <= FLOOR * 1.01, 0, mel)
+            magnitude = nonnegative_inverse(mel, self.bank)  # (B, T', F)
         magnitude = torch.cat([magnitude, magnitude[:, -1:]], dim=1).transpose(1, 2) * (self.window.sum() / 2)
         return torch.stack([self.griffin_lim(item) for item in magnitude.cpu()])[:, None].to(z)
 

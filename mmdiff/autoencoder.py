@@ -6,12 +6,13 @@ B batch, C channels, T time, `*axes` T and what follows it.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from .bottleneck import KL, Bottleneck
 from .nn.conv import Resample, check_sizes, convolution
 from .nn.norm import group_norm
 
@@ -135,6 +136,93 @@ class Chain(Autoencoder):
         return z
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """What training needs to know of one pass through an autoencoder.
+
+    x: like the input. loss: () of the bottleneck, weighted, 0 where it has none. logs: what to log, each ().
+    latents: (B, latent_channels, ...) of `encode`, without chance, but not normalised; no gradient.
+    """
+
+    x: Tensor
+    loss: Tensor
+    logs: dict[str, Tensor]
+    latents: Tensor
+
+
+class TrainableAutoencoder(Autoencoder, ABC):
+    """An autoencoder that `mmdiff.autoencoder_module.AutoencoderModule` trains."""
+
+    @abstractmethod
+    def reconstruct(self, x: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
+        """x (B, C, *axes) there and back. generator: of what is random in training; None leaves nothing to chance."""
+
+    @abstractmethod
+    def last_weight(self) -> Tensor:
+        """Weight of the decoder's last layer, at which the adaptive adversarial weight compares gradients."""
+
+    def normalise(self, mean: Tensor, deviation: Tensor, rate: float = 1.0) -> None:
+        """Moves what is kept of the latents' mean and deviation (latent_channels,) towards these; here nothing is kept.
+
+        Autoencoders that keep them override it. rate: 1 takes the new values as they are.
+        """
+
+
+class LearnedAutoencoder(TrainableAutoencoder, ABC):
+    """An encoder network, a bottleneck, a decoder network, and the statistics that bring latents to unit variance.
+
+    `encode` gives (z - shift) / scale of the bottleneck's z, `decode` undoes it. `shift` and `scale` (latent_channels,)
+    are the mean and deviation of z over the validation data, measured while training (`normalise`).
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, bottleneck: Bottleneck, latent_channels: int) -> None:
+        super().__init__()
+        if latent_channels < 1:
+            raise ValueError(f"latent_channels={latent_channels} must be 1 or more")
+        self.bottleneck, self.latent_channels = bottleneck, latent_channels
+        self.register_buffer("shift", torch.zeros(latent_channels))
+        self.register_buffer("scale", torch.ones(latent_channels))
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """The encoder network: x (B, C, *axes) -> (B, bottleneck.in_channels(latent_channels), *latent axes).
+
+        Raises ValueError for sizes that do not fit.
+        """
+
+    @abstractmethod
+    def generate(self, z: Tensor) -> Tensor:
+        """The decoder network: latents, not normalised -> x."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        z = self.bottleneck.encode(self.features(x))
+        return (z - channelwise(self.shift, z)) / channelwise(self.scale, z)
+
+    def decode(self, z: Tensor) -> Tensor:
+        z = self.bottleneck.decode(z * channelwise(self.scale, z) + channelwise(self.shift, z))
+        return self.generate(z.to(self.last_weight().dtype))
+
+    def reconstruct(self, x: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
+        h = self.features(x)
+        z, loss, logs = self.bottleneck(h, generator)
+        latents = z.detach() if generator is None else self.bottleneck.encode(h.detach())
+        return Reconstruction(self.generate(z.to(self.last_weight().dtype)), loss, logs, latents)
+
+    @torch.no_grad()
+    def normalise(self, mean: Tensor, deviation: Tensor, rate: float = 1.0) -> None:
+        """With rate 1 `encode` gives mean 0 and variance 1 in every channel; a constant one is divided by 1e-4."""
+        self.shift.lerp_(mean.to(self.shift), rate)
+        self.scale.lerp_(deviation.clamp(min=1e-4).to(self.scale), rate)
+
+
+def channelwise(values: Tensor, like: Tensor) -> Tensor:
+    """(C,) -> (C, 1, ...), to go with `like` (B, C, ...)."""
+    return values.view(-1, *(1,) * (like.ndim - 2))
+
+
 class ConvBlock(nn.Module):
     """Residual block without a condition."""
 
@@ -153,20 +241,15 @@ class ConvBlock(nn.Module):
         return x + self.net(x)
 
 
-class ConvKL(Autoencoder):
-    """Convolutional autoencoder with a Gaussian bottleneck (Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1).
+class ConvKL(LearnedAutoencoder):
+    """Small convolutional autoencoder over 1, 2 or 3 axes (Rombach et al. 2022, sec. 3.1).
 
     Args:
         channels: C of the data. latent_channels: C of the latents. width: channels of the first level.
         steps: one tuple for each level, by what it divides the axes; [[1, 2, 2], [1, 2, 2]] is a spatial factor of 4.
         kernel: of every convolution, one length per axis; default 3 on every axis.
-
-    `encode` returns the posterior's mean, normalised by running statistics, so that latents have mean 0 and variance 1
-    in every channel; `decode` undoes it. Trained by `mmdiff.autoencoder_module.AutoencoderModule`.
+        bottleneck: of the latents; default `mmdiff.bottleneck.KL`.
     """
-
-    shift: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -175,15 +258,15 @@ class ConvKL(Autoencoder):
         steps: Sequence[Sequence[int]],
         width: int = 32,
         kernel: Sequence[int] | None = None,
+        bottleneck: Bottleneck | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(bottleneck or KL(), latent_channels)
         if not steps or any(len(s) != len(steps[0]) for s in steps):
             raise ValueError(f"steps={[list(s) for s in steps]} must be tuples of one length, one for each axis")
         axes = len(steps[0])
         kernel = (3,) * axes if kernel is None else tuple(kernel)
         if len(kernel) != axes:
             raise ValueError(f"kernel={list(kernel)} has {len(kernel)} lengths, but steps have {axes} axes")
-        self.latent_channels = latent_channels
         self.factors = tuple(math.prod(s[i] for s in steps) for i in range(axes))
         widths = [width * 2 ** min(i, 2) for i in range(len(steps) + 1)]
         down: list[nn.Module] = [convolution(channels, width, kernel)]
@@ -191,33 +274,18 @@ class ConvKL(Autoencoder):
         for a, b, factor in zip(widths[:-1], widths[1:], steps, strict=True):
             down += [ConvBlock(a, kernel), Resample(a, b, factor)]
             up = [Resample(b, a, factor, up=True), ConvBlock(a, kernel), *up]
-        self.encoder = nn.Sequential(
-            *down, ConvBlock(widths[-1], kernel), convolution(widths[-1], 2 * latent_channels, kernel)
-        )
+        encoded = self.bottleneck.in_channels(latent_channels)
+        self.encoder = nn.Sequential(*down, ConvBlock(widths[-1], kernel), convolution(widths[-1], encoded, kernel))
         self.decoder = nn.Sequential(
             convolution(latent_channels, widths[-1], kernel), ConvBlock(widths[-1], kernel), *up
         )
-        self.register_buffer("shift", torch.zeros(latent_channels))
-        self.register_buffer("scale", torch.ones(latent_channels))
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (B, latent_channels, *axes / factors), not normalised."""
+    def features(self, x: Tensor) -> Tensor:
         check_sizes(x.shape[2:], self.factors)
-        mean, log_variance = self.encoder(x).chunk(2, dim=1)
-        return mean, log_variance.clamp(-30, 20)
+        return self.encoder(x)
 
-    @torch.no_grad()
-    def update_statistics(self, mean: Tensor, rate: float = 0.02) -> None:
-        """Moves the running mean and deviation of the latents' channels towards this batch's."""
-        flat = rearrange(mean, "b c ... -> c (b ...)")
-        self.shift.lerp_(flat.mean(dim=1), rate)
-        self.scale.lerp_(flat.std(dim=1).clamp(min=1e-4), rate)
+    def generate(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
 
-    def encode(self, x: Tensor) -> Tensor:
-        mean, _ = self.posterior(x)
-        ones = (1,) * (mean.ndim - 2)
-        return (mean - self.shift.view(-1, *ones)) / self.scale.view(-1, *ones)
-
-    def decode(self, z: Tensor) -> Tensor:
-        ones = (1,) * (z.ndim - 2)
-        return self.decoder(z * self.scale.view(-1, *ones) + self.shift.view(-1, *ones))
+    def last_weight(self) -> Tensor:
+        return self.decoder[-1].weight  # type: ignore[return-value]

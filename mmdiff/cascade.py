@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder
-from .conditioning import Batch, Cond, Conditioner, Join, LowRes
+from .conditioning import Batch, Cond, Conditioner, Hint, Join, LowRes
 from .editing import Edit, Window, cut
 from .guidance import Guidance, as_guidance
 from .model import DiffusionModel
@@ -215,7 +215,7 @@ class Decode(Stage):
     ) -> Clip:
         if start is None:
             raise ValueError("a decoding stage needs the clip of a stage before it; put one first in the cascade")
-        data = self.autoencoder.decode(start.data)
+        data = self.autoencoder.decode(start.data)[:, :, : shape[1]]  # a last latent may stand for fewer steps
         if progress is not None:
             progress(1, 1)
         return Clip(data if edit is None else edit.paste(data), rate)
@@ -227,9 +227,9 @@ def reduced(autoencoder: Autoencoder, shape: Shape, rate: float) -> tuple[Shape,
 
 
 def droppable(conditioner: Conditioner | None) -> bool:
-    """Whether a conditioner's null differs from its condition: a low-resolution clip alone stays in both."""
+    """Whether a conditioner's null differs from its condition: a low-resolution clip and a hint alone stay in both."""
     parts = () if conditioner is None else conditioner.modules()
-    return any(isinstance(part, Conditioner) and not isinstance(part, (Join, LowRes)) for part in parts)
+    return any(isinstance(part, Conditioner) and not isinstance(part, (Hint, Join, LowRes)) for part in parts)
 
 
 def batch_size(prompt: Batch) -> int:
@@ -241,14 +241,16 @@ def batch_size(prompt: Batch) -> int:
 class Cascade:
     """Stages in order, by name.
 
-    shape (C, T, ...) and rate are what the last one makes unless the caller says otherwise. multiple: what a length in
-    T must be a multiple of for every stage; other lengths are made longer and cut.
+    shape (C, T, ...) and rate are what the last one makes unless the caller says otherwise. multiple, offset: every
+    stage can make `offset` plus a multiple of `multiple` steps of T; other lengths are made longer and cut. A causal
+    video autoencoder, whose first latent is one frame, has offset 1.
     """
 
     stages: Mapping[str, Stage]
     shape: Sequence[int]
     rate: float
     multiple: int = 1
+    offset: int = 0
 
     def plan(self, shape: Shape, rate: float) -> list[tuple[Shape, float]]:
         """Shape and rate of every stage's clip, so that the last one makes `shape` at `rate`."""
@@ -291,7 +293,8 @@ class Cascade:
                 "a stage, or give no negative"
             )
         channels, length, *rest = shape or self.shape
-        plan = self.plan((channels, -(-length // self.multiple) * self.multiple, *rest), self.rate)
+        whole = self.offset + -((self.offset - length) // self.multiple) * self.multiple  # rounded up
+        plan = self.plan((channels, whole, *rest), self.rate)
         if edit is not None and tuple(edit.clip.shape[1:]) != (channels, length, *rest):
             raise ValueError(
                 f"the edit's clip has shape {tuple(edit.clip.shape)}, but a clip of {(channels, length, *rest)} is to "

@@ -178,6 +178,45 @@ class LowRes(Conditioner):
         return self(batch)
 
 
+class Hint(Conditioner):
+    """A hint of the clip's own axes as concat, for a `mmdiff.backbones.ControlNet`: edges, depth, an envelope, ...
+
+    transform: makes the hint (B, C', *axes) from the data batch["x"] where the batch has none: `video.hints.Edges`,
+        `audio.hints.Envelope`, ... key: the batch's own hint, which comes first: what sampling is given, or what was
+        computed ahead. shrink: an autoencoder without parameters (`Pool`) that brings it to the latents' sizes.
+    spread: sizes of further axes, over which a hint of time alone is repeated: [64] for 64 mel bins.
+
+    In a `Join` it stands last: a ControlNet's hint is the last of concat. Guidance keeps it in both predictions.
+    """
+
+    def __init__(
+        self,
+        transform: nn.Module | None = None,
+        key: str = "hint",
+        shrink: Autoencoder | None = None,
+        spread: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        for name, part in (("transform", transform), ("shrink", shrink)):
+            if part is not None and any(True for _ in part.parameters()):
+                raise ValueError(f"{name}={type(part).__name__} has parameters, which training would change")
+        self.transform, self.key, self.shrink, self.spread = transform, key, shrink, tuple(spread)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+        if self.key in batch:
+            hint = batch[self.key]
+        elif self.transform is None or "x" not in batch:
+            raise ValueError(f"the batch has no {self.key!r}; give the hint (B, C, *axes), as the model was trained on")
+        else:
+            hint = self.transform(batch["x"])
+        hint = hint if self.shrink is None else self.shrink.encode(hint)
+        hint = hint.reshape(*hint.shape, *(1,) * len(self.spread))
+        return Cond(concat=hint.expand(*hint.shape[: hint.ndim - len(self.spread)], *self.spread))
+
+    def null(self, batch: Batch) -> Cond:
+        return self(batch)
+
+
 class Join(Conditioner):
     """Several conditioners as one: tokens (of one width) follow one another, vectors join along D, concats along C."""
 

@@ -21,14 +21,23 @@ def export_model(checkpoint: Path, folder: Path, half: bool = True, raw: bool = 
     state = AtomicCheckpointIO().load_checkpoint(checkpoint, map_location="cpu")
     if "config" not in state:
         raise ValueError(f"{checkpoint} holds no config; only checkpoints of `mmdiff fit` can be exported")
-    tree = state["config"]["model"]["init_args"]["model"]
+    arguments = state["config"]["model"]["init_args"]
+    tree, places = arguments["model"], {"model.": ""}
+    if arguments.get("front") is not None:  # an AutoencoderModule's: the model encodes what the front has encoded
+        tree = {"class_path": "mmdiff.autoencoder.Chain", "init_args": {"parts": [arguments["front"], tree]}}
+        places = {"front.": "parts.0.", "model.": "parts.1."}
     weights: dict[str, Any] = dict(state["state_dict"])
     averages = [c["average"] for name, c in state.get("callbacks", {}).items() if name.startswith("EMA")]
     if averages and not raw:
         weights.update(averages[0])
     model = build(tree)
-    own = {name: value for name, value in weights.items() if name.startswith("model.")}  # not a learned weighting's
-    model.load_state_dict({name.removeprefix("model."): value for name, value in own.items()})
+    own = {  # not a learned weighting's, nor a discriminator's
+        new + name.removeprefix(old): value
+        for name, value in weights.items()
+        for old, new in places.items()
+        if name.startswith(old)
+    }
+    model.load_state_dict(own)
     return save(model, tree, folder, dtype=torch.float16 if half else None)
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Identity
-from .conditioning import Batch, Cond, Conditioner
+from .backbones import ControlNet
+from .conditioning import Batch, Cond, Conditioner, Join
 from .denoiser import Denoiser
 from .precond import Precond
 
@@ -47,6 +48,31 @@ class DiffusionModel(nn.Module):
         super().train(mode)
         self.autoencoder.eval()
         return self
+
+    def start_from(self, trained: "DiffusionModel") -> None:
+        """Takes the weights of a trained model's backbone and conditioner.
+
+        A ControlNet takes those of the backbone that it steers, and a `Join` those of its first part, so that a hint
+        can join what the trained model was conditioned on. A conditioner that takes weights is frozen where the
+        backbone is. Raises ValueError where the weights do not fit.
+        """
+        backbone, conditioner = self.denoiser.backbone, self.conditioner
+        weights = trained.denoiser.backbone.state_dict()
+        try:
+            if isinstance(backbone, ControlNet):
+                backbone.start_from(weights)
+                backbone = backbone.backbone
+            else:
+                backbone.load_state_dict(weights)
+            if trained.conditioner is not None:
+                if isinstance(conditioner, Join) and not isinstance(trained.conditioner, Join):
+                    conditioner = conditioner.parts[0]  # type: ignore[assignment]
+                if conditioner is None:
+                    raise ValueError("the model has no conditioner for the weights of the trained model's")
+                conditioner.load_state_dict(trained.conditioner.state_dict())
+                conditioner.requires_grad_(any(p.requires_grad for p in backbone.parameters()))
+        except RuntimeError as error:
+            raise ValueError(f"the trained model's weights are not of this model: {error}") from error
 
     def bind(self, cond: Cond | None) -> Bound:
         """The denoiser with its condition bound: all that a sampler sees."""

@@ -30,6 +30,7 @@ class DiffusionModule(pl.LightningModule):
         weighting: of the loss at each level; default none. distance: from the network's own target; default MSE.
         levels: whether an item has one noise level or one for each time step, and what is known; default one.
         variance: trains the variance of a backbone with 2 C channels too (iDDPM); default the backbone has none.
+        start_from: model folder or hub id whose backbone and conditioner to start from, or that a ControlNet steers.
 
     A batch needs "x": (B, C, T, ...) in [-1, 1], and what the conditioner reads. "mask", where it has one, is bool,
     (B, T) or broadcastable to x: what is False is padding and counts in no loss, nor does a latent that depends on it.
@@ -50,8 +51,14 @@ class DiffusionModule(pl.LightningModule):
         distance: Distance | None = None,
         levels: Levels | None = None,
         variance: LearnedVariance | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
+        if start_from is not None:
+            trained = load(start_from)
+            if not isinstance(trained, DiffusionModel):
+                raise ValueError(f"start_from={start_from} is a {type(trained).__name__}, not a DiffusionModel")
+            model.start_from(trained)
         if autoencoder_weights is not None:
             try:
                 model.autoencoder.load_state_dict(load(autoencoder_weights).state_dict())

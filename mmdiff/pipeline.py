@@ -1,8 +1,8 @@
 """A pipeline is a folder: cascade.yaml, and a model folder for each stage that has weights.
 
-cascade.yaml holds `shape` (C, T, ...) and `rate` of the clip it makes unless asked otherwise, `multiple`, and `stages`:
-names to `class_path` trees, in order. A stage's `model` or `autoencoder`, where it is a plain name and no tree, is the
-model folder of that name beside the file.
+cascade.yaml holds `shape` (C, T, ...) and `rate` of the clip it makes unless asked otherwise, `multiple` and `offset`
+of its lengths, and `stages`: names to `class_path` trees, in order. A stage's `model` or `autoencoder`, where it is a
+plain name and no tree, is the model folder of that name beside the file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,9 @@ def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = 
         if model:
             built = replace(built, **{argument: load(folder / model, trusted, verify=verify)})  # type: ignore[type-var]
         stages[stage_name] = built
-    return Cascade(stages, tuple(tree["shape"]), float(tree["rate"]), int(tree.get("multiple", 1)))
+    return Cascade(
+        stages, tuple(tree["shape"]), float(tree["rate"]), int(tree.get("multiple", 1)), int(tree.get("offset", 0))
+    )
 
 
 def write_cascade(folder: str | Path, tree: Mapping[str, Any]) -> None:

@@ -4,10 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mmdiff.autoencoder import Autoencoder, Chain, ConvKL, Identity, Pool, Subsample
-from mmdiff.autoencoder_module import AutoencoderModule
 
 CASES: list[tuple[Autoencoder, tuple[int, ...]]] = [
     (Identity(), (2, 5, 3)),
@@ -113,7 +111,7 @@ def test_too_few_axes_are_refused() -> None:
         (lambda: ConvKL(1, 1, []), r"steps=\[\] must be tuples of one length"),
         (lambda: ConvKL(1, 1, [[2], [2, 2]]), r"steps=\[\[2\], \[2, 2\]\]"),
         (lambda: ConvKL(1, 1, [[2]], kernel=[3, 3]), r"kernel=\[3, 3\] has 2 lengths, but steps have 1 axes"),
-        (lambda: AutoencoderModule(ConvKL(1, 1, [[2]]), kl_weight=-1), "kl_weight=-1 must not be negative"),
+        (lambda: ConvKL(1, 0, [[2]]), "latent_channels=0 must be 1 or more"),
     ],
 )
 def test_wrong_settings_are_refused(make: Any, message: str) -> None:
@@ -124,42 +122,34 @@ def test_wrong_settings_are_refused(make: Any, message: str) -> None:
 def test_statistics_bring_latents_to_mean_0_and_variance_1_and_decoding_undoes_them() -> None:
     model = ConvKL(1, 3, [[2]], width=8)
     x = 3 + 2 * torch.randn(64, 1, 32)
-    plain = model.decode(model.posterior(x)[0])  # shift 0, scale 1
-    for _ in range(400):
-        model.update_statistics(model.posterior(x)[0])
-    z = model.encode(x)
-    torch.testing.assert_close(z.mean(dim=(0, 2)), torch.zeros(3), atol=2e-2, rtol=0)
-    torch.testing.assert_close(z.std(dim=(0, 2)), torch.ones(3), atol=2e-2, rtol=0)
-    torch.testing.assert_close(model.decode(z), plain, rtol=1e-4, atol=1e-4)
+    plain = model.decode(model.encode(x))  # shift 0, scale 1
+    latents = model.reconstruct(x).latents.movedim(1, 0).flatten(1)
+    model.normalise(latents.mean(dim=1), latents.std(dim=1, correction=0))
+    z = model.encode(x).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(z.mean(dim=1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.std(dim=1, correction=0), torch.ones(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.decode(model.encode(x)), plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
-def test_training_step_reaches_every_parameter(axes: int) -> None:
-    model = ConvKL(2, 3, [(2,) * axes, (1,) * axes], width=8)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    module = AutoencoderModule(model)
-    module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    batch = {"x": torch.randn(2, 2, *(4,) * axes)}
-    loss = module.training_step(batch, 0)
-    loss.backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.count_nonzero() == 0] == []
-    state = torch.get_rng_state()
-    model.shift.zero_(), model.scale.fill_(1)
-    assert torch.equal(module.training_step(batch, 0), loss)
-    assert not torch.equal(module.training_step(batch, 1), loss)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_a_running_estimate_moves_by_its_rate_and_a_constant_channel_is_not_divided_by_zero() -> None:
+    model = ConvKL(1, 2, [[2]], width=4)
+    model.normalise(torch.tensor([2.0, -1.0]), torch.tensor([3.0, 0.0]), rate=0.25)
+    torch.testing.assert_close(model.shift, torch.tensor([0.5, -0.25]))
+    torch.testing.assert_close(model.scale, torch.tensor([1.5, 0.75 + 0.25e-4]))
 
 
-def test_kl_is_zero_for_a_standard_normal_posterior() -> None:
-    class Standard(ConvKL):
-        def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)
+def test_a_reconstruction_is_of_the_latents_that_encoding_gives() -> None:
+    model = ConvKL(2, 3, [[2], [2]], width=4)
+    model.normalise(torch.randn(3), torch.rand(3) + 0.5)
+    x = torch.randn(2, 2, 8)
+    out = model.reconstruct(x)
+    torch.testing.assert_close(out.x, model.decode(model.encode(x)))
+    torch.testing.assert_close(out.latents, model.encode(x) * model.scale.view(-1, 1) + model.shift.view(-1, 1))
+    assert model.last_weight() is model.decoder[-1].weight
 
-    logged: dict[str, Tensor] = {}
-    module = AutoencoderModule(Standard(1, 1, [[2]], width=4), kl_weight=2.0)
-    module.log_dict = lambda values, **kwargs: logged.update(values)  # type: ignore[method-assign]
-    module.training_step({"x": torch.randn(1, 1, 8)}, 0)
-    assert logged["train/kl"] == 0
-    assert torch.equal(logged["train/loss"], logged["train/l1"])
+
+def test_half_precision_weights_reconstruct() -> None:
+    model = ConvKL(1, 2, [[2]], width=4).to(torch.bfloat16)
+    x = torch.randn(1, 1, 8, dtype=torch.bfloat16)
+    assert model.reconstruct(x, torch.Generator()).x.dtype == torch.bfloat16
+    assert model.decode(model.encode(x)).dtype == torch.bfloat16

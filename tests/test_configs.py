@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAINED = [path for path in CONFIGS if not path.stem.endswith("_cascade")]
 CASCADES = [path for path in CONFIGS if path.stem.endswith("_cascade")]
-VARIANTS = {"tiny/video_latent.yaml": "tiny/video.yaml"}  # what holds only differences, and from what
+VARIANTS = {  # what holds only differences, and from what
+    "tiny/video_latent.yaml": "tiny/video.yaml",
+    "tiny/video_autoencoder_gan.yaml": "tiny/video_autoencoder.yaml",
+}
 
 
 def name(path: Path) -> str:

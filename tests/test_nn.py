@@ -1,16 +1,13 @@
-"""Blocks over one, two and three axes: folding undone, identities before training, rotary by its definition."""
+"""Blocks over one, two and three axes: folding undone, identities before training."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmdiff.nn import (
     AdaGroupNorm,
-    AxisAttention,
-    CrossAttention,
     NoiseEmbedding,
     Resample,
     Standardize,
@@ -19,7 +16,6 @@ from mmdiff.nn import (
     pool_time,
     sinusoid,
 )
-from mmdiff.nn.attention import rotary
 from mmdiff.nn.conv import check_sizes, fold_cells, unfold_cells
 
 SHAPES = {1: (6,), 2: (6, 4), 3: (6, 4, 2)}
@@ -84,6 +80,33 @@ def test_illegal_sizes_name_the_nearest_legal_ones(sizes: tuple, multiples: tupl
         check_sizes(sizes, multiples)
 
 
+def test_every_illegal_size_is_named_at_once() -> None:
+    message = "T=5 is not a multiple of 2; nearest: 4 or 6, and W=9 is not a multiple of 4; nearest: 8 or 12$"
+    with pytest.raises(ValueError, match=message):
+        check_sizes((5, 8, 9), (2, 4, 4))
+    with pytest.raises(ValueError, match="T=0 is not a multiple of 1; nearest: 1$"):
+        check_sizes((0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation"), [((3, 1, 1), (1, 1, 1)), ((5, 1, 1), (2, 1, 1)), ((3, 3, 3), (4, 1, 1)), ((1, 1, 1), None)]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["contiguous", "last"])
+def test_convolution_over_time_is_the_3d_convolution(
+    kernel: tuple[int, ...], dilation: tuple[int, ...] | None, layout: torch.memory_format
+) -> None:
+    layer = convolution(4, 6, kernel, dilation=dilation)
+    plain = nn.Conv3d(4, 6, kernel, padding=layer.padding, dilation=layer.dilation)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 9, 3, 5).to(memory_format=layout).requires_grad_()
+    results = []
+    for conv in (layer, plain):
+        out = conv(x)
+        results.append([out, *torch.autograd.grad((out**2).sum(), [x, *conv.parameters()])])
+    assert results[0][0].shape == (2, 6, 9, 3, 5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_pool_time_is_the_mean_and_leaves_what_has_no_time() -> None:
     embedding = torch.arange(6.0).reshape(1, 1, 6)
     assert pool_time(embedding, 3).tolist() == [[[1, 4]]]
@@ -106,89 +129,6 @@ def test_sinusoid_tells_neighbours_apart_at_both_ends_of_its_range() -> None:
 def test_group_norm_divides_channels(channels: int) -> None:
     assert channels % group_norm(channels).num_groups == 0
     assert group_norm(channels).num_groups <= 32
-
-
-def complex_rotary(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """RoFormer's eq. 34 by complex multiplication, position by position, each axis on its own share of channels."""
-    out, share = x.clone(), x.shape[-1] // len(sizes) // 2 * 2
-    for index, position in enumerate(itertools.product(*(range(n) for n in sizes))):
-        for axis, p in enumerate(position):
-            for j in range(share // 2):
-                c = axis * share + 2 * j
-                pair = torch.view_as_complex(x[:, :, index, c : c + 2].contiguous())
-                turn = torch.polar(torch.tensor(1.0), torch.tensor(p * 10_000 ** (-2 * j / share)))
-                out[:, :, index, c : c + 2] = torch.view_as_real(pair * turn)
-    return out
-
-
-@pytest.mark.parametrize(("sizes", "width"), [((5,), 8), ((5,), 7), ((3, 2), 8), ((2, 3, 2), 16)])
-def test_rotary_is_complex_multiplication(sizes: tuple[int, ...], width: int) -> None:
-    x = torch.randn(2, 3, math.prod(sizes), width)
-    torch.testing.assert_close(rotary(x, sizes), complex_rotary(x, sizes), rtol=1e-5, atol=1e-5)
-
-
-def test_rotary_tells_far_positions_apart_in_half_precision() -> None:
-    """Positions in bfloat16 are whole numbers up to 256 alone: from there on steps would share their angles."""
-    x = torch.randn(1, 1, 1, 16).expand(1, 1, 600, 16)
-    turned = rotary(x.bfloat16(), (600,))
-    assert turned.dtype == torch.bfloat16
-    torch.testing.assert_close(turned.float(), complex_rotary(x.bfloat16().float(), (600,)), rtol=0.01, atol=0.02)
-
-
-def test_rotary_scores_depend_on_distances_alone() -> None:
-    q, k = torch.randn(2, 1, 1, 1, 16)
-    turned_q, turned_k = rotary(q.expand(1, 1, 9, 16), [9])[0, 0], rotary(k.expand(1, 1, 9, 16), [9])[0, 0]
-    scores = turned_q @ turned_k.T
-    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("axes", "pattern"), [(1, [0]), (2, [1]), (2, [1, 0]), (3, [0]), (3, [1, 2]), (3, [0, 1, 2])])
-def test_axis_attention_mixes_the_named_axes_and_no_other(axes: int, pattern: list[int]) -> None:
-    layer = AxisAttention(8, pattern, axes, head_channels=8)
-    x = torch.randn(2, 8, *(3, 4, 2)[:axes])
-    assert torch.equal(layer(x), x)
-    perturb(layer)
-    # group norm mixes over all positions, so it stands aside to show what attention itself mixes
-    layer.norm = nn.Identity()
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x)[(0, slice(None), *(0,) * axes)].sum(), x)
-    for axis in range(axes):
-        reached = gradient[0].abs().sum(0).movedim(axis, 0).reshape(x.shape[2 + axis], -1).sum(1)
-        assert (reached[1:] > 0).all() == (axis in pattern)
-    assert gradient[1].count_nonzero() == 0
-
-
-def test_axis_attention_refuses() -> None:
-    with pytest.raises(ValueError, match="channels=10 is not a multiple of head_channels=4"):
-        AxisAttention(10, [0], 1, head_channels=4)
-    for pattern in ([], [0, 0], [2]):
-        with pytest.raises(ValueError, match="must name different axes"):
-            AxisAttention(8, pattern, 2, head_channels=4)
-    with pytest.raises(ValueError, match="head_channels=4 must be at least 6"):
-        AxisAttention(8, [0, 1, 2], 3, head_channels=4)
-
-
-def test_masked_tokens_are_as_good_as_absent() -> None:
-    layer = CrossAttention(8, 6, head_channels=4)
-    x, tokens = torch.randn(2, 8, 3, 2), torch.randn(2, 5, 6)
-    assert torch.equal(layer(x, tokens), x)
-    perturb(layer)
-    mask = torch.tensor([[True, True, False, True, False]] * 2)
-    torch.testing.assert_close(layer(x, tokens, mask), layer(x, tokens[:, mask[0]]))
-    torch.testing.assert_close(layer(x, tokens, torch.ones(2, 5, dtype=torch.bool)), layer(x, tokens))
-    wild = torch.where(mask[..., None], tokens, 1e4)
-    torch.testing.assert_close(layer(x, wild, mask), layer(x, tokens, mask))
-
-
-def test_attention_to_nothing_is_finite_and_ignores_the_tokens() -> None:
-    layer = CrossAttention(8, 6, head_channels=4)
-    perturb(layer)
-    x, mask = torch.randn(2, 8, 3), torch.tensor([[True, False], [False, False]])
-    a, b = layer(x, torch.randn(2, 2, 6), mask), layer(x, torch.randn(2, 2, 6), mask)
-    assert torch.isfinite(a).all()
-    assert torch.equal(a[1], b[1])
-    assert not torch.equal(a[0], b[0])
-    torch.testing.assert_close(a[1] - x[1], layer.out.bias[:, None].expand(8, 3))
 
 
 def test_noise_embedding_per_step_equals_one_for_all() -> None:

@@ -1,5 +1,6 @@
 """Blocks over one, two or three axes: what the backbones are made of. Needs torch and einops alone."""
 
+from .activation import Snake
 from .attention import AxisAttention, CrossAttention
 from .conv import Resample, convolution, pool_time
 from .embed import NoiseEmbedding, sinusoid
@@ -11,6 +12,7 @@ __all__ = [
     "CrossAttention",
     "NoiseEmbedding",
     "Resample",
+    "Snake",
     "Standardize",
     "convolution",
     "group_norm",

@@ -11,22 +11,25 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .norm import group_norm
+from .rotary import Rotation, frequencies, rotate, rotation
 
 
-def rotary(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Rotary positions over one or more axes (Su et al. 2021, eq. 34; axial as in RoPE-ND), computed in float32.
+def check_heads(name: str, channels: int, head_channels: int) -> None:
+    """Raises ValueError where heads of `head_channels` do not fill the channels."""
+    if head_channels < 1 or channels % head_channels:
+        raise ValueError(f"{name}={channels} is not a multiple of head_channels={head_channels}")
 
-    x (B, H, L, D) with L = prod(sizes); each axis turns its own D // len(sizes) channels, rounded down to even.
+
+def attend_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of queries (B, H, N, D) to keys and values (B, H, L, D) of tokens; mask (B, L), True = attend.
+
+    A row that may attend to nothing gets zero.
     """
-    share = x.shape[-1] // len(sizes) // 2 * 2
-    grids = torch.meshgrid(*(torch.arange(n, device=x.device, dtype=torch.float32) for n in sizes), indexing="ij")
-    frequencies = 10_000 ** (-torch.arange(0, share, 2, device=x.device, dtype=torch.float32) / share)
-    angles = torch.cat([grid.reshape(-1, 1) * frequencies for grid in grids], dim=-1)  # (L, share / 2 * axes)
-    turned, rest = x[..., : 2 * angles.shape[-1]].float(), x[..., 2 * angles.shape[-1] :]
-    a, b = turned[..., 0::2], turned[..., 1::2]
-    cos, sin = angles.cos(), angles.sin()
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat([turned, rest], dim=-1)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    some = mask.any(dim=1)[:, None, None, None]
+    attend = mask[:, None, None, :] | ~some  # a softmax over nothing would be NaN
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attend) * some
 
 
 class AxisAttention(nn.Module):
@@ -38,8 +41,7 @@ class AxisAttention(nn.Module):
 
     def __init__(self, channels: int, pattern: Sequence[int], axes: int, head_channels: int = 32) -> None:
         super().__init__()
-        if channels % head_channels:
-            raise ValueError(f"channels={channels} is not a multiple of head_channels={head_channels}")
+        check_heads("channels", channels, head_channels)
         if len(set(pattern)) != len(pattern) or not set(pattern) <= set(range(axes)) or not pattern:
             raise ValueError(f"attend={list(pattern)} must name different axes out of {list(range(axes))}")
         if head_channels < 2 * len(pattern):
@@ -63,11 +65,26 @@ class AxisAttention(nn.Module):
         inner, outer = self.layout
         sizes = dict(zip(self.axis_names, x.shape[2:], strict=True))
         y = rearrange(self.norm(x), f"{inner} -> {outer}")
-        q, k, v = rearrange(self.qkv(y), "n l (three h d) -> three n h l d", three=3, d=self.head_channels)
-        over = [x.shape[2 + i] for i in self.pattern]
-        q, k = rotary(self.query_norm(q), over), rotary(self.key_norm(k), over)
-        y = rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> n l (h d)")
+        q, k, v = self.qkv(y).unflatten(-1, (3, -1, self.head_channels)).unbind(-3)  # (N, L, H, D) each
+        table = self.table([x.shape[2 + i] for i in self.pattern], x.device)
+        q, k = self.turn(self.query_norm(q), table), self.turn(self.key_norm(k), table)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        y = y.transpose(1, 2).flatten(2)  # (N, L, C)
         return x + rearrange(self.out(y), f"{outer} -> {inner}", b=x.shape[0], **sizes)
+
+    def table(self, sizes: Sequence[int], device: torch.device) -> Rotation:
+        """(L, 1, R) angles of positions counted in steps, an equal share of the channels for each axis."""
+        turns = frequencies(self.head_channels // len(sizes) // 2, 10_000, device)
+        positions = [torch.arange(n, device=device, dtype=torch.float32) for n in sizes]
+        cos, sin = rotation(positions, [turns] * len(sizes))
+        return Rotation(cos.flatten(0, -2)[:, None], sin.flatten(0, -2)[:, None])
+
+    @staticmethod
+    def turn(x: Tensor, table: Rotation) -> Tensor:
+        """x turned, its neighbouring channels as pairs. The channels change their order, to which scores are blind."""
+        width = table.cos.shape[-1]
+        halves = x[..., :width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return rotate(halves if width == x.shape[-1] else torch.cat([halves, x[..., width:]], dim=-1), table)
 
 
 class CrossAttention(nn.Module):
@@ -79,8 +96,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, channels: int, tokens_width: int, head_channels: int = 32) -> None:
         super().__init__()
-        if channels % head_channels:
-            raise ValueError(f"channels={channels} is not a multiple of head_channels={head_channels}")
+        check_heads("channels", channels, head_channels)
         self.head_channels = head_channels
         self.norm, self.tokens_norm = group_norm(channels), nn.LayerNorm(tokens_width)
         self.query, self.key_value = nn.Linear(channels, channels), nn.Linear(tokens_width, 2 * channels)
@@ -91,16 +107,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
-        q = rearrange(self.query(y), "b n (h d) -> b h n d", d=self.head_channels)
-        k, v = rearrange(
-            self.key_value(self.tokens_norm(tokens)), "b l (two h d) -> two b h l d", two=2, d=self.head_channels
-        )
-        attend = None
-        if mask is not None:
-            some = mask.any(dim=1)[:, None, None, None]
-            attend = mask[:, None, None, :] | ~some  # a softmax over nothing would be NaN
-        y = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, attn_mask=attend)
-        if mask is not None:
-            y = y * some
-        y = self.out(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, C)
-        return x + y.transpose(1, 2).reshape(x.shape)
+        q = self.query(y).unflatten(-1, (-1, self.head_channels))
+        k, v = self.key_value(self.tokens_norm(tokens)).unflatten(-1, (2, -1, self.head_channels)).unbind(-3)
+        q, k, v = (z.transpose(1, 2) for z in (self.query_norm(q), self.key_norm(k), v))
+        y = attend_tokens(q, k, v, mask).transpose(1, 2).flatten(2)
+        return x + self.out(y).transpose(1, 2).reshape(x.shape)
