@@ -202,6 +202,8 @@ class LearnedAutoencoder(TrainableAutoencoder, ABC):
         return (z - channelwise(self.shift, z)) / channelwise(self.scale, z)
 
     def decode(self, z: Tensor) -> Tensor:
+        if z.shape[1] != self.latent_channels:
+            raise ValueError(f"latents have shape {tuple(z.shape)}; latent_channels={self.latent_channels} are needed")
         z = self.bottleneck.decode(z * channelwise(self.scale, z) + channelwise(self.shift, z))
         return self.generate(z.to(self.last_weight().dtype))
 

@@ -153,3 +153,8 @@ def test_half_precision_weights_reconstruct() -> None:
     x = torch.randn(1, 1, 8, dtype=torch.bfloat16)
     assert model.reconstruct(x, torch.Generator()).x.dtype == torch.bfloat16
     assert model.decode(model.encode(x)).dtype == torch.bfloat16
+
+
+def test_latents_of_other_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"latents have shape \(1, 2, 4\); latent_channels=3 are needed"):
+        ConvKL(1, 3, [[2]], width=4).decode(torch.randn(1, 2, 4))
