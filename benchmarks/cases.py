@@ -55,7 +55,7 @@ def our_unet1d() -> nn.Module:
 def our_dit(channels: int) -> nn.Module:
     from mmdiff.backbones import SpatioTemporalDiT
 
-    return SpatioTemporalDiT(channels, width=360, depth=4, head_channels=72, rate=8.0)
+    return SpatioTemporalDiT(channels, width=416, depth=3, head_channels=104, rate=8.0)
 
 
 def our_dit_b() -> nn.Module:
