@@ -126,6 +126,13 @@ def test_axis_attention_is_its_formula(head_channels: int, sizes: tuple[int, ...
     torch.testing.assert_close(layer(x), x + y.transpose(1, 2).reshape(x.shape), rtol=1e-5, atol=1e-5)
 
 
+def test_axis_attention_tells_far_steps_apart() -> None:
+    """Positions rounded to bfloat16 would give the steps 512 and 513 one angle."""
+    cos, _ = AxisAttention(8, [0], 1, head_channels=8).table([600], torch.device("cpu"))
+    assert cos.dtype == torch.float32
+    torch.testing.assert_close(cos[:, 0, 0], torch.arange(600.0).cos(), atol=1e-4, rtol=0)
+
+
 def test_axis_attention_refuses() -> None:
     with pytest.raises(ValueError, match="channels=10 is not a multiple of head_channels=4"):
         AxisAttention(10, [0], 1, head_channels=4)

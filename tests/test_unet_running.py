@@ -124,7 +124,8 @@ def test_checkpointing_gives_equal_gradients_dropout_included(settings: dict[str
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_checkpointing_keeps_less_for_the_backward_pass(training: bool) -> None:
     def kept(checkpoint: bool) -> int:
         """Bytes that autograd holds on to, each storage once."""
         held: dict[int, int] = {}
@@ -133,7 +134,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        net = small(2, checkpoint=checkpoint, blocks=2)
+        net = small(2, checkpoint=checkpoint, blocks=2).train(training)
         own = {p.untyped_storage().data_ptr() for p in net.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = net(torch.randn(2, 2, 32, 32), torch.rand(2))
