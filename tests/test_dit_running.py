@@ -140,7 +140,7 @@ def test_attention_is_unmasked_where_no_mask_is_needed(monkeypatch: pytest.Monke
 
 
 def test_every_matrix_is_a_plain_linear_layer() -> None:
-    """So that LoRA by any library finds all of them."""
+    """So that whatever adds LoRA finds all of them."""
     for joint in (False, True):
         net, _ = full(3, joint=joint)
         for module in net.modules():

@@ -173,7 +173,7 @@ def test_a_batch_of_another_size_gives_each_item_the_same() -> None:
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained product of two thin ones (Hu et al. 2022), as any LoRA library makes it."""
+    """A frozen linear layer plus a trained product of two thin ones (Hu et al. 2022), as LoRA is made elsewhere."""
 
     def __init__(self, base: nn.Linear, rank: int = 2) -> None:
         super().__init__()

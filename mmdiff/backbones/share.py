@@ -36,7 +36,7 @@ class Shareable(nn.Module):
         return self
 
     def spec(self) -> dict[str, Any]:
-        """The tree that builds the module: class_path, and init_args with the defaults written out.
+        """The tree that builds the module: class_path, and init_args with the defaults of its signature written out.
 
         Raises ValueError naming an argument that JSON cannot hold.
         """
