@@ -1,4 +1,4 @@
-"""Audio files by soundfile, with PyAV for the containers it does not know; wav, flac and spectrogram pictures.
+"""Audio files: sound of nearly every format from any place on, to the sample; resampling. Writing: `audio.writers`.
 
 C channels, T samples. A waveform is (C, T) float32 in [-1, 1].
 """
@@ -6,61 +6,137 @@ C channels, T samples. A waveform is (C, T) float32 in [-1, 1].
 import io
 import math
 import os
-from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
 
-from mmdiff.data.media import MediaError, whole_file
+from audio.frames import open_frames
+from audio.packets import open_container
+from audio.pcm import MAGIC, SampleReader
+from audio.spectrogram import spectrogram_picture
+from audio.writers import write_audio
+from mmdiff.data.containers import check_whole, opened
+from mmdiff.data.media import DamagedError, NoStreamError, TooLargeError, UnsupportedError
+
+__all__ = ["EXTENSIONS", "AudioReader", "MediaSource", "read_audio", "resample", "spectrogram_picture", "write_audio"]
 
 MediaSource = str | os.PathLike[str] | bytes | BinaryIO
 
 EXTENSIONS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".mp4", ".mov", ".webm", ".mkv")
-MAX_VALUES = 1 << 28  # C * T of one file, 1 GiB as float32
-_RATES = (1000, 768000)  # Hz; a header outside of this is damaged
+MAX_VALUES = 1 << 28  # C * T of one call, 1 GiB as float32
+RATES = (1000, 768000)  # Hz; a header outside of this is damaged
 _MAX_RESAMPLE_TAPS = 1 << 26
-_FORMATS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpeg,mpegts,asf,flv,ogg,mp3,aac,wav,w64,aiff,caf,flac,amr,ac3,wv,ape"
-_SUBTYPES = {".wav": "WAV", ".flac": "FLAC"}
+
+
+class _Reader(Protocol):
+    sample_rate: int
+    channels: int
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def start_s(self) -> float: ...
+    def read(self, start: int, count: int) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+class AudioReader:
+    """Open audio file, or the first audio stream of a film, with random access to its samples.
+
+    Use it as a context manager; it holds an open file and must not be shared between processes.
+    sample_rate: Hz. channels. samples: their number, without a codec's priming and padding. start_s: when sample 0 is
+    heard on the file's clock, in seconds; the clock is that of its container after edit lists, for pictures too.
+    Sound that has gaps in its timestamps has silence there. A float file may hold values beyond [-1, 1]; they are kept.
+
+    source: path, bytes or seekable binary file. Raises, naming `name` (default: the path), the kinds of MediaError:
+    UnreachableError, NotMediaError, NoStreamError, DamagedError (cut off, non-finite), UnsupportedError (codec, rate),
+    TooLargeError; all but damage in the middle of the sound before anything is read.
+    """
+
+    def __init__(self, source: MediaSource, *, name: str | None = None) -> None:
+        self.name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "audio data")
+        plain = os.fspath(source) if isinstance(source, str | os.PathLike) else source
+        with opened(plain, self.name) as file:
+            check_whole(file, self.name)
+            self._reader: _Reader = _open(plain, file, self.name)
+        self.sample_rate, self.channels = self._reader.sample_rate, self._reader.channels
+        self.samples, self.start_s = self._reader.samples, self._reader.start_s
+        if self.samples <= 0 or not RATES[0] <= self.sample_rate <= RATES[1]:
+            self._reader.close()
+            if self.samples <= 0:
+                raise NoStreamError(f"{self.name}: no audio samples; leave it out")
+            raise UnsupportedError(
+                f"{self.name}: a sample rate of {self.sample_rate} Hz is outside {RATES[0]} to {RATES[1]}; resample it"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
+
+    def read(self, start: int = 0, count: int | None = None) -> Tensor:
+        """(C, count) float32 from sample `start` on, by default to the end. Only what it needs of the file is read.
+
+        Raises ValueError for a range outside of the file, TooLargeError for more than MAX_VALUES values, DamagedError
+        when a part of it cannot be decoded or holds non-finite samples.
+        """
+        count = self.samples - start if count is None else count
+        if start < 0 or count < 0 or start + count > self.samples:
+            raise ValueError(f"{self.name}: samples {start} to {start + count} are not within its {self.samples}")
+        if count * self.channels > MAX_VALUES:
+            raise TooLargeError(
+                f"{self.name}: {count} samples x {self.channels} channels are over {MAX_VALUES} values; read parts"
+            )
+        if count == 0:
+            return torch.zeros(self.channels, 0)
+        samples = torch.from_numpy(np.ascontiguousarray(self._reader.read(start, count)))
+        if not torch.isfinite(samples).all():
+            raise DamagedError(f"{self.name}: holds non-finite samples; write it again from its source")
+        return samples
+
+
+def _open(source: str | bytes | BinaryIO, file: BinaryIO, name: str) -> _Reader:
+    """Reader by what the file holds; `file` is the source, opened."""
+    frames = open_frames(io.BytesIO(source) if isinstance(source, bytes) else source, file, name)
+    if frames is not None:
+        return frames
+    file.seek(0)
+    if file.read(4) in MAGIC:
+        try:
+            return SampleReader(source, name)
+        except soundfile.SoundFileError:  # a codec that libsndfile does not know
+            pass
+    return open_container(source, name)
 
 
 def read_audio(
     source: MediaSource, sample_rate: int | None = None, *, name: str | None = None, max_values: int = MAX_VALUES
 ) -> tuple[Tensor, int]:
-    """(waveform (C, T) float32, sample_rate in Hz), resampled when `sample_rate` is given and differs.
+    """(waveform (C, T) float32, sample_rate in Hz) of the whole file, resampled to `sample_rate` when it is given.
 
-    source: path, bytes or seekable binary file. A float file may hold values beyond [-1, 1]; they are kept.
-    Raises MediaError, naming `name` (default: the path), when the file is broken, empty, holds non-finite samples or
-    more than `max_values` values.
+    See `AudioReader` for what is read and raised. More than `max_values` values (C * T, by the file's header) are
+    refused with TooLargeError before anything is decoded.
     """
-    name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "audio data")
-    try:
-        with soundfile.SoundFile(_opened(source)) as file:
-            if file.frames * file.channels > max_values:
-                raise MediaError(
-                    f"{name}: {file.frames} samples x {file.channels} channels are over {max_values} values"
-                )
-            rate = file.samplerate
-            if not file.seekable():  # GSM 6.10 and its like, which PyAV reads
-                raise soundfile.SoundFileRuntimeError("not seekable")
-            samples = file.read(dtype="float32", always_2d=True).T  # (C, T)
-    except (soundfile.SoundFileError, OSError) as error:
-        samples, rate = _read_by_av(source, name, max_values, error)
-    if samples.shape[1] == 0:
-        raise MediaError(f"{name}: no audio samples")
-    if not _RATES[0] <= rate <= _RATES[1]:
-        raise MediaError(f"{name}: a sample rate of {rate} Hz is outside {_RATES[0]} to {_RATES[1]}")
-    waveform = torch.from_numpy(np.ascontiguousarray(samples))
-    if not torch.isfinite(waveform).all():
-        raise MediaError(f"{name}: holds non-finite samples")
+    with AudioReader(source, name=name) as reader:
+        if reader.samples * reader.channels > max_values:
+            raise TooLargeError(
+                f"{reader.name}: {reader.samples} samples x {reader.channels} channels are over {max_values} values; "
+                "cut it into parts"
+            )
+        waveform, rate = reader.read(), reader.sample_rate
     if sample_rate is None or sample_rate == rate:
         return waveform, rate
     try:
         return resample(waveform, rate, sample_rate), sample_rate
     except ValueError as error:
-        raise MediaError(f"{name}: {error}") from error
+        raise UnsupportedError(f"{reader.name}: {error}") from error
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
@@ -76,118 +152,3 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
     if (from_rate // common) * (to_rate // common) > _MAX_RESAMPLE_TAPS:
         raise ValueError(f"resampling {from_rate} Hz to {to_rate} Hz needs too large a filter; use a rounder rate")
     return sinc(waveform, from_rate, to_rate)
-
-
-def write_audio(path: str | os.PathLike[str], waveform: Tensor, sample_rate: int, *, peak: float | None = None) -> None:
-    """16-bit `.wav` or `.flac` (by suffix) with exactly T samples; the same input gives the same bytes.
-
-    waveform: (C, T) float in [-1, 1]. Values beyond are an error, never clipped in silence; with `peak` (in (0, 1])
-    a waveform whose largest magnitude is over `peak` is scaled down to it, a softer one is left as it is.
-    Raises ValueError for a wrong shape, suffix, rate or level and for non-finite samples; then no file is made.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _SUBTYPES:
-        raise ValueError(f"path={str(path)!r} ends in {suffix!r}; .wav or .flac is needed")
-    if waveform.ndim != 2 or 0 in waveform.shape or waveform.shape[0] > 8:
-        raise ValueError(f"waveform has shape {tuple(waveform.shape)}; (C, T) with 1 to 8 channels is needed")
-    if not waveform.is_floating_point():
-        raise ValueError(f"waveform has dtype {waveform.dtype}; floats in [-1, 1] are needed")
-    if sample_rate != int(sample_rate) or not _RATES[0] <= sample_rate <= _RATES[1]:
-        raise ValueError(f"sample_rate={sample_rate} is not a whole number from {_RATES[0]} to {_RATES[1]} Hz")
-    if peak is not None and not 0 < peak <= 1:
-        raise ValueError(f"peak={peak} is outside (0, 1]; 1 is full scale")
-    waveform = waveform.detach().double().cpu()
-    if not torch.isfinite(waveform).all():
-        raise ValueError("waveform holds non-finite samples; the model or its input is broken, nothing is written")
-    level = float(waveform.abs().max())
-    if peak is not None and level > peak:
-        waveform = waveform * (peak / level)
-    elif level > 1:
-        raise ValueError(f"waveform reaches {level:.4g}, beyond [-1, 1]; scale it, or give peak, e.g. peak=0.99")
-    samples = (waveform * 32768).round().clamp(-32768, 32767).to(torch.int16).T.contiguous().numpy()  # (T, C)
-    with whole_file(path) as temporary:
-        soundfile.write(temporary, samples, int(sample_rate), subtype="PCM_16", format=_SUBTYPES[suffix])
-
-
-def spectrogram_picture(path: str | os.PathLike[str], waveform: Tensor, sample_rate: int) -> None:
-    """PNG for the eye: the waveform above, its log-power spectrogram (dB below the loudest point) below.
-
-    waveform: (C, T) float; the spectrogram is that of the channels' mean. Raises ValueError for a wrong shape or
-    non-finite samples.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import; no pyplot, so no global state
-    from matplotlib.figure import Figure
-
-    if waveform.ndim != 2 or 0 in waveform.shape:
-        raise ValueError(f"waveform has shape {tuple(waveform.shape)}; (C, T) with at least one sample is needed")
-    waveform = waveform.detach().float().cpu()
-    if not torch.isfinite(waveform).all():
-        raise ValueError("waveform holds non-finite samples; nothing is drawn")
-    n_fft = 2 ** round(math.log2(max(64, sample_rate * 0.032)))
-    hop_length = n_fft // 4
-    window = torch.hann_window(n_fft)
-    mean = torch.nn.functional.pad(waveform.mean(0), (n_fft // 2, n_fft // 2))
-    power = torch.stft(mean, n_fft, hop_length, window=window, center=False, return_complex=True).abs() ** 2  # (F, T)
-    decibels = 10 * torch.log10(power.clamp_min(1e-12))
-    decibels = decibels - decibels.max()
-    length_s = waveform.shape[1] / sample_rate
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-    upper.plot(np.arange(waveform.shape[1]) / sample_rate, waveform.T.numpy(), linewidth=0.5)
-    upper.set(ylim=(-1.05, 1.05), ylabel="amplitude")
-    extent = (0.0, power.shape[1] * hop_length / sample_rate, 0.0, sample_rate / 2)
-    picture = lower.imshow(
-        decibels.numpy(), origin="lower", aspect="auto", extent=extent, vmin=-80, vmax=0, cmap="magma"
-    )
-    lower.set(xlim=(0, length_s), xlabel="time (s)", ylabel="frequency (Hz)")
-    figure.colorbar(picture, ax=lower, label="dB")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-
-
-def _opened(source: MediaSource) -> str | BinaryIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
-    source.seek(0)
-    return source
-
-
-def _read_by_av(source: MediaSource, name: str, max_values: int, first: Exception) -> tuple[np.ndarray, int]:
-    """(C, T) float32 and Hz of the first audio stream; `first` is why soundfile gave up."""
-    import av
-
-    if isinstance(first, OSError):
-        raise MediaError(f"{name}: cannot be read ({first})") from first
-    blocks: list[np.ndarray] = []
-    try:
-        with av.open(
-            _opened(source), mode="r", options={"format_whitelist": _FORMATS}, metadata_errors="ignore"
-        ) as container:
-            if not container.streams.audio:
-                raise MediaError(f"{name}: no audio stream")
-            stream = container.streams.audio[0]
-            # changes the sample format only; interleaved, as reading planes of TrueHD crashes PyAV 18.1
-            resampler = av.AudioResampler(format="flt")
-            count = 0
-            for frame in container.decode(stream):
-                channels = frame.layout.nb_channels
-                blocks += [block.to_ndarray().reshape(-1, channels).T for block in resampler.resample(frame)]
-                count += frame.samples * channels
-                if count > max_values:
-                    raise MediaError(f"{name}: more than {max_values} values")
-            rate = stream.codec_context.sample_rate
-            samples = np.concatenate(blocks, axis=1) if blocks else np.zeros((1, 0), dtype=np.float32)
-            if stream.duration is not None and stream.time_base is not None:
-                # AAC comes in blocks of 1024; the container tells where the sound ends
-                samples = samples[:, : max(1, round(stream.duration * stream.time_base * rate))]
-    except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
-        raise MediaError(f"{name}: cannot be read as audio ({first}; {error})") from error
-    except ValueError as error:  # blocks of different channel counts
-        if isinstance(error, MediaError):
-            raise
-        raise MediaError(f"{name}: the channels change within the file") from error
-    return samples, rate

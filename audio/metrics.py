@@ -91,7 +91,7 @@ def digits() -> Task:
 
 
 def _splits(path: str) -> tuple[ClipDataset, ClipDataset]:
-    data = ClipDataModule(path, sample_rate=SAMPLE_RATE, samples=SAMPLES)
+    data = ClipDataModule(path, sample_rate=SAMPLE_RATE, samples=SAMPLES, short="pad")
     data.setup()
     return data.datasets["train"], data.datasets["val"]
 

@@ -22,7 +22,8 @@ import torch
 import yaml
 from torch import nn
 
-TRUSTED = ("mmdiff", "video", "audio", "torch.nn", "torch.optim")  # not all of torch: torch.hub runs foreign code
+# not all of torch: torch.hub runs foreign code
+TRUSTED = ("mmdiff", "video", "audio", "audiovideo", "torch.nn", "torch.optim")
 CONFIG = "config.yaml"
 MAX_NODES = 100_000
 
@@ -62,13 +63,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def plain(error: Exception) -> str:
+    """One line of an error of jsonargparse: the reason, without the types that it tried and the page of a value."""
+    text = " ".join(str(error).partition("Given value type")[0].split())
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ", "", text)
+    return text.replace(" - Expected a <class 'NoneType'>", "")
+
+
 def build(config: Mapping[str, Any] | str | Path, trusted: Sequence[str] = ()) -> Any:
     """The object that a `{"class_path": ..., "init_args": {...}}` tree describes, as LightningCLI would build it.
 
     config:  the tree, a YAML file or a model folder. Arguments are read by the constructor's annotations: a list where
              a tuple is due becomes one, a nested class_path becomes an object, or, where a `Callable[..., C]` is due
              and the class is a C (an optimizer), a constructor bound to its init_args.
-    trusted: packages to trust besides mmdiff, video, audio, torch.nn and torch.optim.
+    trusted: packages to trust besides mmdiff, video, audio, audiovideo, torch.nn and torch.optim.
     Raises ValueError on a class_path outside the trusted packages, before anything is imported, and on an unknown,
     missing or ill-typed argument, naming its place in the tree.
     """

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from .cascade import Cascade, Clip
 from .data.clips import ClipDataset
 from .data.media import whole_file
+from .io import fingerprint
 from .named import pick_guidance
 from .readers import (
     Labels,
     Reader,
     Recipe,
-    fingerprint,
     gather,
     labels_of,
     load_reader,

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .autoencoder_module import AutoencoderModule
-from .config import build, read_config, trust_policy
+from .config import build, plain, read_config, trust_policy
 from .flops import count_flops
 from .io import save
 from .module import DiffusionModule
@@ -36,7 +36,7 @@ STEPS = 4  # timed ones, after one that allocates and one that is counted
 class Footprint:
     """Of one config on this machine's CPU, in float32.
 
-    parameters: by part; their sum is all. trainable: of the sum. batch: shape of "x".
+    parameters: by part; their sum is all. trainable: of the sum. batch: shape of "x", or of its "latents".
     training_gflop: of a training step of the whole batch, forward and backward, discriminators included.
     sampling_gflop: of one call of the denoiser for one clip, or, for an autoencoder, of decoding one; else None.
     peak_bytes: resident memory that training added at its peak: weights, gradients, optimizer, activations, batch.
@@ -123,9 +123,12 @@ def instantiate(
             arguments["batch_size"] = batch_size
         if folder is not None:
             stand_in(given.model, folder)
-        built = parser.instantiate(given)
+        try:
+            built = parser.instantiate(given)
+        except ValueError as error:  # of a class that is built, with jsonargparse's words around
+            raise ValueError(f"{config}: {plain(error)}") from error
     except ArgumentError as error:
-        raise ValueError(f"{config}: {str(error).partition('Given value type')[0]}") from error
+        raise ValueError(f"{config}: {plain(error)}") from error
     return built.model, built.data, trainer
 
 
@@ -156,7 +159,7 @@ def first_batch(data: pl.LightningDataModule, config: str) -> dict[str, Any]:
     try:
         data.prepare_data()
         data.setup("fit")
-        return next(iter(data.train_dataloader()))  # type: ignore[no-any-return]
+        return next(batch for batch in data.train_dataloader() if batch is not None)  # None: only bad items
     except (OSError, ValueError, RuntimeError, StopIteration) as error:
         raise ValueError(f"{config}: no batch of its data: {error}") from error
 
@@ -191,7 +194,7 @@ def sampling_flops(module: nn.Module, batch: Mapping[str, Any]) -> int | None:
     one = {name: value[:1] if hasattr(value, "__getitem__") else value for name, value in batch.items()}
     module.eval()
     if isinstance(module, DiffusionModule):
-        latents = module.model.encode(one["x"])
+        latents = module.model.latents(one)
         denoise = module.model.bind(module.model.condition({**one, "latents": latents}))
         return count_flops(lambda: denoise(latents, torch.ones(1)))
     if isinstance(module, AutoencoderModule):
@@ -218,7 +221,7 @@ def measure(config: str, trusted: Sequence[str] = (), batch_size: int | None = N
         config=config,
         parameters=parts(module),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
-        batch=tuple(batch["x"].shape),
+        batch=tuple(batch["latents" if "latents" in batch else "x"].shape),
         training_gflop=counted / 1e9,
         sampling_gflop=None if (flops := sampling_flops(module, batch)) is None else flops / 1e9,
         peak_bytes=peak,

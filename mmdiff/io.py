@@ -111,6 +111,14 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
         raise ValueError(f"{name} is neither a folder nor a model that the hub gives: {reason}") from error
 
 
+def fingerprint(module: nn.Module) -> str:
+    """First 12 digits of the SHA-256 of a module's named weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def write_manifest(folder: str | Path) -> Path:
     """Write `manifest.json` over the folder's YAML, JSON and safetensors files, those of sub-folders too."""
     folder = Path(folder)

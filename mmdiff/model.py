@@ -89,3 +89,7 @@ class DiffusionModel(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Data (B, C, T, ...) in [-1, 1] -> the latents that are denoised."""
         return self.autoencoder.encode(x)
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Those that the batch holds, as a `mmdiff.data.cache.LatentCache` gives them, or else those of its data."""
+        return batch["latents"] if "latents" in batch else self.encode(batch["x"])

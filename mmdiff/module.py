@@ -9,9 +9,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor
 
+from .cascade import batch_size
 from .denoiser import checked_mask
 from .density import SigmaDensity
-from .io import load
+from .io import fingerprint, load
 from .levels import Levels, PerItem
 from .likelihood import LearnedVariance
 from .model import DiffusionModel
@@ -32,11 +33,11 @@ class DiffusionModule(pl.LightningModule):
         variance: trains the variance of a backbone with 2 C channels too (iDDPM); default the backbone has none.
         start_from: model folder or hub id whose backbone and conditioner to start from, or that a ControlNet steers.
 
-    A batch needs "x": (B, C, T, ...) in [-1, 1], and what the conditioner reads. "mask", where it has one, is bool,
+    A batch needs "x": (B, C, T, ...) in [-1, 1], or its "latents" with the fingerprint of their "autoencoder" (see
+    `mmdiff.data.cache`), and what the conditioner reads. "mask", where it has one, is bool,
     (B, T) or broadcastable to x: what is False is padding and counts in no loss, nor does a latent that depends on it.
-    Each item's loss is a mean over what counts of it, and the
-    batch's over the items of which something does. Logs train/loss, train/grad_norm and val/loss, whose noise and
-    levels are the same at every validation.
+    Each item's loss is a mean over what counts of it, and the batch's over the items of which something does.
+    Logs train/loss, train/grad_norm and val/loss, whose noise and levels are the same at every validation.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DiffusionModule(pl.LightningModule):
                 "given: train it with mmdiff.autoencoder_module.AutoencoderModule, export it, and name the folder"
             )
         self.model, self.density = model, density
+        self.encoded_by = fingerprint(model.autoencoder)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed = seed
         self.weighting, self.distance = weighting or Natural(), distance or MSE()
@@ -81,7 +83,7 @@ class DiffusionModule(pl.LightningModule):
     def loss(self, batch: dict[str, Any], key: tuple[int, ...]) -> Tensor:
         """Mean loss () of a batch, with every random choice drawn from `key`."""
         generator = torch.Generator().manual_seed(hash((self.seed, *key)) % 2**63)
-        latents = self.model.encode(batch["x"])
+        latents = self.latents(batch)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         density = self.density.sized(latents.shape[2:])
         sigma = self.levels(density, latents, generator)
@@ -103,11 +105,21 @@ class DiffusionModule(pl.LightningModule):
         items = errors.total(torch.ones_like(error)).sum()  # less those of which nothing counts
         return errors.total(density.weight(level) * error).sum() / items
 
+    def latents(self, batch: dict[str, Any]) -> Tensor:
+        """Those of the batch. Raises ValueError where it holds latents of another autoencoder than the model's."""
+        for encoded_by in set(batch.get("autoencoder", ())):
+            if encoded_by != self.encoded_by:
+                raise ValueError(
+                    f"the batch holds latents of the autoencoder {encoded_by}, the model's is {self.encoded_by}: "
+                    "give the LatentCache and the model (autoencoder_weights) the same folder"
+                )
+        return self.model.latents(batch)
+
     def mask(self, batch: dict[str, Any], latents: Tensor) -> Tensor | None:
         """The batch's mask, in the latents' space. Raises ValueError where it fits neither."""
         if "mask" not in batch:
             return None
-        data = batch["x"]
+        data = batch.get("x", latents)
         mask = checked_mask(batch["mask"], data)
         if mask.shape[1] == 1 and data.shape[2:] != latents.shape[2:]:
             return self.model.autoencoder.known(mask.expand(len(data), 1, *data.shape[2:]))
@@ -115,16 +127,16 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch, (self.current_epoch, batch_idx, self.global_rank))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["x"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(batch))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         loss = self.loss(batch, (-1, batch_idx, self.global_rank))
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["x"]), sync_dist=True)
+        self.log("val/loss", loss, prog_bar=True, batch_size=batch_size(batch), sync_dist=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         loss = self.loss(batch, (-1, batch_idx, self.global_rank))
-        self.log("test/loss", loss, batch_size=len(batch["x"]), sync_dist=True)
+        self.log("test/loss", loss, batch_size=batch_size(batch), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         norm = grad_norm(self.model, 2)["grad_2.0_norm_total"]

@@ -2,7 +2,8 @@
 
 cascade.yaml holds `shape` (C, T, ...) and `rate` of the clip it makes unless asked otherwise, `multiple` and `offset`
 of its lengths, and `stages`: names to `class_path` trees, in order. A stage's `model` or `autoencoder`, where it is a
-plain name and no tree, is the model folder of that name beside the file.
+plain name and no tree, is the model folder of that name beside the file; the `autoencoder` of a diffusion model is its
+own, so that a base stage and its decoding share one folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,15 +58,22 @@ def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = 
     if verify:
         verify_manifest(folder)
     stages: dict[str, Stage] = {}
+    loaded: dict[str, Any] = {}
     for stage_name, stage in tree["stages"].items():
         argument, model = models(tree).get(stage_name, ("", ""))
         if model:  # built from the model's own config first, so that the stage's arguments are checked as one
-            stage = {**stage, "init_args": {**stage["init_args"], argument: read_config(folder / model)}}
+            config, own = read_config(folder / model), False
+            if argument == "autoencoder" and isinstance(config.get("init_args", {}).get("autoencoder"), Mapping):
+                config, own = config["init_args"]["autoencoder"], True
+            stage = {**stage, "init_args": {**stage["init_args"], argument: config}}
         built = build(stage, trusted)
         if not isinstance(built, Stage):
             raise ValueError(f"{folder / CASCADE}: stage {stage_name!r} is a {type(built).__name__}, not a Stage")
         if model:
-            built = replace(built, **{argument: load(folder / model, trusted, verify=verify)})  # type: ignore[type-var]
+            if model not in loaded:
+                loaded[model] = load(folder / model, trusted, verify=verify)
+            weights = loaded[model].autoencoder if own else loaded[model]
+            built = replace(built, **{argument: weights})  # type: ignore[type-var]
         stages[stage_name] = built
     return Cascade(
         stages, tuple(tree["shape"]), float(tree["rate"]), int(tree.get("multiple", 1)), int(tree.get("offset", 0))

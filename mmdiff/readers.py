@@ -3,7 +3,7 @@
 B clips, N clips of a split, A answers of all attributes together.
 """
 
-import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data.clips import ClipDataset
+from .data.items import Problem
 from .io import load, save
 
 Labels = dict[str, str]  # attribute -> value
@@ -74,10 +75,16 @@ def labels_of(meta: Mapping[str, Any], attributes: Sequence[str]) -> Labels:
 
 
 def gather(reader: Reader, clips: ClipDataset, desc: str) -> tuple[Tensor, list[Labels], float]:
-    """(what the reader keeps of every clip in half precision (N, ...), labels, rate in steps of T per second)."""
+    """(what the reader keeps of every clip in half precision (N, ...), labels, rate in steps of T per second).
+
+    Warns of a clip that cannot be used and goes on without it. Raises ValueError where the rates differ.
+    """
     kept, labels, rates = [], [], set()
     for index in tqdm(range(len(clips)), desc=desc, unit="clip"):
-        item = clips[index]
+        item = clips.result(index)
+        if isinstance(item, Problem):
+            warnings.warn(f"left out: {item}", stacklevel=2)
+            continue
         kept.append(reader.reduce(item["x"][None]).half())
         labels.append(labels_of(item["meta"], list(reader.answers)))
         rates.add(float(item["rate"]))
@@ -155,11 +162,3 @@ def load_reader(kind: type[Reader], folder: str | Path, answers: Mapping[str, Se
             f"the reader in {folder} reads {reader.answers}, the data has {dict(answers)}; give another folder"
         )
     return reader
-
-
-def fingerprint(module: nn.Module) -> str:
-    """First 12 digits of the SHA-256 of a module's named weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]

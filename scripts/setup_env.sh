@@ -97,7 +97,7 @@ packages_present() {
     (cd "$VENV" && "$VENV_PYTHON" - "$1" <<'PYTHON'
 import sys
 from importlib.util import find_spec
-names = ["mmdiff", "video", "audio", "torch", "torchaudio", "lightning", "av", "soundfile", "safetensors"]
+names = ["mmdiff", "video", "audio", "audiovideo", "torch", "torchaudio", "lightning", "av", "soundfile", "safetensors"]
 names += ["pytest", "ruff", "mypy", "diffusers", "librosa"] if "test" in sys.argv[1].split(",") else []
 sys.exit(any(find_spec(name) is None for name in names))
 PYTHON

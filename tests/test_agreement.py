@@ -26,13 +26,19 @@ from mmdiff.sigmas import Flow as FlowGrid
 from mmdiff.sigmas import ResolutionShift
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-VARIANTS = {"video_latent": "video", "video_autoencoder_gan": "video_autoencoder"}  # differences, and from what
+VARIANTS = {  # what holds only differences, and from what
+    "video_latent": "video",
+    "video_autoencoder_gan": "video_autoencoder",
+    "sprites_latent": "sprites",
+}
 TOLERANCE = 1e-6
 
 
 def merged(low: Any, high: Any) -> Any:
     """`high` over `low`, as `-c low -c high` reads them."""
     if not (isinstance(low, dict) and isinstance(high, dict)):
+        return high
+    if high.get("class_path", low.get("class_path")) != low.get("class_path"):
         return high
     return {k: merged(low[k], high[k]) if k in low and k in high else {**low, **high}[k] for k in {**low, **high}}
 
@@ -47,7 +53,7 @@ def training(path: Path) -> dict[str, Any]:
 def trained_config(cascade: Path, model: str) -> Path:
     """The training config of the model that a stage names."""
     stem = cascade.stem.removesuffix("_cascade")
-    name = {"base": stem, "autoencoder": "video_autoencoder"}.get(model, f"{stem}_{model}")
+    name = stem if model == "base" else f"{stem}_{model}"
     return cascade.with_name(f"{name}.yaml")
 
 
@@ -96,14 +102,17 @@ def cascade_of(path: Path) -> Cascade:
     for name, stage in tree["stages"].items():
         args = dict(stage["init_args"])
         for argument in {"model", "autoencoder"} & {k for k, v in args.items() if isinstance(v, str)}:
-            args[argument] = training(trained_config(path, args[argument]))["model"]["init_args"]["model"]
+            model = training(trained_config(path, args[argument]))["model"]["init_args"]["model"]
+            args[argument] = model["init_args"].get("autoencoder", model) if argument == "autoencoder" else model
         made = build({**stage, "init_args": args})
         assert isinstance(made, Stage)
         if isinstance(made, Generate):
             made.model.denoiser.backbone = Spy(made.model.denoiser.backbone)
             made.model.eval()
         stages[name] = made
-    return Cascade(stages, tuple(tree["shape"]), tree["rate"], tree.get("multiple", 1))
+    (channels, steps, *sizes), multiple, offset = tree["shape"], tree.get("multiple", 1), tree.get("offset", 0)
+    made = steps + (offset - steps) % multiple  # before it is cut
+    return Cascade(stages, (channels, made, *sizes), tree["rate"], multiple, offset)
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,7 @@ def test_every_diffusion_config_is_sampled_by_some_cascade() -> None:
     trainings = {
         path
         for path in CONFIGS.rglob("*.yaml")
+        if "model" in read_config(path)
         if not path.stem.endswith("_cascade") and training(path)["model"]["class_path"].endswith(".DiffusionModule")
     }
     assert compared == trainings

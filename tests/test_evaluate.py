@@ -21,7 +21,8 @@ from mmdiff.cascade import Cascade, Clip, Stage
 from mmdiff.data.clips import ClipDataset, Sample
 from mmdiff.data.sources import Item
 from mmdiff.evaluate import Task, balanced_prompts, evaluate, in_turns, main, score, table, wilson
-from mmdiff.readers import Reader, Recipe, fingerprint, gather, load_reader, new_reader, read, save_reader, train_reader
+from mmdiff.io import fingerprint
+from mmdiff.readers import Reader, Recipe, gather, load_reader, new_reader, read, save_reader, train_reader
 from mmdiff.world import MOTIONS, scene
 from video.metrics import ClipReader, contact_sheets, sprites
 from video.render import render

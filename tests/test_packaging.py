@@ -167,7 +167,7 @@ def test_tools_agree_on_the_oldest_python() -> None:
 def test_listed_packages_are_those_on_disk() -> None:
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for package in ("mmdiff", "video", "audio")
+        for package in ("mmdiff", "video", "audio", "audiovideo")
         for path in (ROOT / package).rglob("__init__.py")
     }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found

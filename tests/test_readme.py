@@ -76,6 +76,7 @@ def test_training_on_a_folder_of_ones_own(tmp_path: Path) -> None:
         (["--data.path", "nowhere"], "nowhere"),
         (["--model.seed", "many"], "many"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
+        (["--data.pth", "my_clips"], "'pth'"),
     ],
 )
 def test_a_wrong_setting_of_a_training_is_named_without_a_traceback(
@@ -85,5 +86,9 @@ def test_a_wrong_setting_of_a_training_is_named_without_a_traceback(
     command = [sys.executable, "-m", "mmdiff", "fit", "-c", str(config), "--data", "video.ClipDataModule", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 2
-    assert says in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line == done.stderr.splitlines()[-1]
+    assert says in line
+    assert len(line) < 400
+    assert "usage:" not in done.stderr
     assert "Traceback" not in done.stderr

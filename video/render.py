@@ -1,56 +1,79 @@
 """The world as video: frames (3, T, H, W) of a scene at any rate and size, and a data module of them.
 
-Legend: T frames, H W space. A pixel shows the share of it that a body covers, a frame the share that a flash lasts.
+Legend: T frames, H W space. A pixel shows the share of it that a body covers, a frame the share that a blink lasts.
 """
 
 import functools
 import math
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from mmdiff.world import BACKGROUNDS, COLOURS, Scene, caption, train_and_val
+from mmdiff.world import BACKGROUNDS, COLOURS, Scene, World, caption
+from mmdiff.world.dataset import WorldClips
+from mmdiff.world.vocabulary import CROSS, SQUARE, SYMMETRY, TRIANGLE
+
+Array = NDArray[np.float32]
 
 
 def render(scene: Scene, frames: int, size: tuple[int, int], fps: float) -> Tensor:
-    """Frames (3, T, H, W) float32 in [-1, 1]: frame k shows the body at time k / fps, and in white, as much of it as an
-    event fills of [k / fps, (k + 1) / fps).
+    """Frames (3, T, H, W) float32 in [-1, 1]: frame k shows the bodies at time k / fps, whitened by the share of
+    [k / fps, (k + 1) / fps) that a blink lasts.
 
     size: (H, W) in pixels. Raises ValueError if `frames`, `size` or `fps` is not positive.
     """
-    _check(frames, size, fps)
+    check_clip(frames, size, fps)
     height, width = size
-    side = min(height, width)
-    time_s = torch.arange(frames, dtype=torch.float64) / fps  # (T,)
-    x, y = scene.position(time_s)
-    dx = torch.arange(width) + 0.5 - (x * width)[:, None]  # (T, W) pixels from the centre
-    dy = torch.arange(height) + 0.5 - (y * height)[:, None]  # (T, H)
-    distance = _distance(scene.shape, dx[:, None, :], dy[:, :, None], scene.radius * side)  # (T, H, W)
-    coverage = (0.5 - distance).clamp(0, 1)
+    times_s = [k / fps for k in range(frames)]
+    blink = np.array([scene.blinking(time_s, 1 / fps) for time_s in times_s], np.float32)[:, None]  # (T, 1)
+    angle = np.array([scene.turned(time_s) for time_s in times_s])  # (T,) in half symmetries
 
-    flash = scene.activity(time_s, 1 / fps)[:, None]  # (T, 1)
-    body = torch.lerp(torch.tensor(COLOURS[scene.colour], dtype=torch.float64), torch.ones(3).double(), flash)  # (T, 3)
-    ground = torch.tensor(BACKGROUNDS[scene.background], dtype=torch.float64)
-    ground = ground[:, None, None, None]  # (3, 1, 1, 1)
-    picture = torch.lerp(ground, body.T[:, :, None, None], coverage)  # (3, T, H, W) in [0, 1]
-    return (picture * 2 - 1).clamp(-1, 1).float()
+    picture = np.empty((3, frames, height, width), np.float32)
+    picture[:] = np.array(BACKGROUNDS[scene.background], np.float32)[:, None, None, None]
+    for body in scene.bodies:
+        x, y = np.array([body.position(time_s) for time_s in times_s]).T  # (T,)
+        turned = angle * (math.pi / SYMMETRY[body.shape]) if body.moves and body.shape in SYMMETRY else 0 * angle
+        centre = np.stack((x * width, y * height), 1)  # (T, 2)
+        cover = coverage(body.shape, centre, turned, body.radius * min(size), size)  # (T, H, W)
+        colour = np.array(COLOURS[body.colour], np.float32)
+        shown = colour + (1 - colour) * blink if body.moves else colour + 0 * blink  # (T, 3)
+        picture += (shown.T[:, :, None, None] - picture) * cover
+    return torch.from_numpy(np.clip(picture * 2 - 1, -1, 1))
 
 
-def _distance(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
-    """Distance in pixels to the outline, negative inside, for shapes with the area of a circle of that radius."""
+def coverage(shape: str, centre: NDArray, angle: NDArray, radius: float, size: tuple[int, int]) -> Array:
+    """Share (T, H, W) float32 in [0, 1] of each pixel that a shape covers, exact for straight edges along the pixels.
+
+    centre: (T, 2) as x, y in pixels. angle: (T,) radians, clockwise as seen. radius: in pixels, that of the circle of
+    its size. size: (H, W).
+    """
+    dx = (np.arange(size[1]) + 0.5 - centre[:, :1]).astype(np.float32)[:, None, :]  # (T, 1, W)
+    dy = (np.arange(size[0]) + 0.5 - centre[:, 1:]).astype(np.float32)[:, :, None]  # (T, H, 1)
+    if angle.any():
+        cos, sin = (f(angle).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
+        dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
+    return np.clip(0.5 - _distance(shape, dx, dy, np.float32(radius)), 0, 1)
+
+
+def _distance(shape: str, dx: Array, dy: Array, radius: np.float32) -> Array:
+    """Distance in pixels to the outline, negative inside, at (dx, dy) from the centre."""
     if shape == "circle":
-        return (dx.square() + dy.square()).sqrt() - radius
+        return np.sqrt(dx * dx + dy * dy) - radius
+    if shape == "triangle":  # a corner up
+        return np.maximum(np.abs(dx) * np.float32(math.sqrt(3) / 2) - dy / 2, dy) - radius * np.float32(TRIANGLE)
+    dx, dy = np.abs(dx), np.abs(dy)
     if shape == "square":
-        return torch.maximum(dx.abs(), dy.abs()) - radius * math.sqrt(math.pi) / 2
-    if shape == "triangle":  # equilateral, one corner up: its three sides lie `inner` from the centre
-        inner = radius * math.sqrt(math.pi / (3 * math.sqrt(3)))
-        return torch.maximum(dx.abs() * math.sqrt(3) / 2 - dy / 2, dy) - inner
+        return np.maximum(dx, dy) - radius * np.float32(SQUARE)
+    if shape == "cross":
+        wide, long = (radius * np.float32(part) for part in CROSS)
+        return np.minimum(np.maximum(dx - wide, dy - long), np.maximum(dx - long, dy - wide))
     raise AssertionError(shape)
 
 
-def _check(frames: int, size: tuple[int, int], fps: float) -> None:
+def check_clip(frames: int, size: tuple[int, int], fps: float) -> None:
+    """Raises ValueError if `frames`, `size` or `fps` is not positive."""
     if frames < 1:
         raise ValueError(f"frames={frames} is not a positive number of frames")
     if len(size) != 2 or min(size) < 1:
@@ -59,10 +82,11 @@ def _check(frames: int, size: tuple[int, int], fps: float) -> None:
         raise ValueError(f"fps={fps} is not a positive number of frames per second")
 
 
-class WorldDataModule(LightningDataModule):
+class WorldDataModule(WorldClips):
     """Clips of `count` procedural scenes for training and `val_count` others for validation, without any files.
 
-    size: (H, W) in pixels. seed: which world. A batch is that of every data module, x (B, 3, T, H, W).
+    size: (H, W) in pixels. seed: which of the scenes that `world` has, by default the easy one.
+    A batch is that of every data module, x (B, 3, T, H, W).
     """
 
     def __init__(
@@ -75,15 +99,18 @@ class WorldDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_count: int = 64,
+        world: World | None = None,
     ) -> None:
-        super().__init__()
-        _check(frames, size, fps)
-        self.batch_size, self.num_workers = batch_size, num_workers
-        draw = functools.partial(render, frames=frames, size=size, fps=fps)
-        self.train, self.val = train_and_val(draw, caption, count, val_count, fps, frames / fps, seed)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.train.loader(self.batch_size, self.num_workers, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.val.loader(self.batch_size, self.num_workers, shuffle=False)
+        check_clip(frames, size, fps)
+        super().__init__(
+            functools.partial(render, frames=frames, size=(size[0], size[1]), fps=fps),
+            caption,
+            fps,
+            frames / fps,
+            count=count,
+            val_count=val_count,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            world=world,
+        )

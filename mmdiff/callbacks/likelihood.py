@@ -42,7 +42,7 @@ class BitsPerDim(pl.Callback):
         model: Any = pl_module.model
         with torch.inference_mode(False):  # tensors of that mode, as validation's are, cannot be differentiated
             part = {k: v[: self.count].clone() if isinstance(v, Tensor) else v[: self.count] for k, v in batch.items()}
-            latents = model.encode(part["x"])
+            latents = model.latents(part)
             denoise = model.bind(model.condition({**part, "latents": latents}))
             bits = self.likelihood.bits(denoise, latents, seeded_noise(range(len(latents)))).mean()
         pl_module.log("val/bits_per_dim", bits, batch_size=len(latents), sync_dist=True)

@@ -64,7 +64,7 @@ class Samples(pl.Callback):
             return
         model: Any = pl_module.model
         batch = self.batch
-        latents = model.encode(batch["x"])
+        latents = model.latents(batch)
         noise = seeded_noise(range(len(latents)))
         stage = Generate(model, self.sigmas, self.sampler, self.steps, self.guidance)
         rate = float(batch["rate"][0]) / model.autoencoder.factors[0]

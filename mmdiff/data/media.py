@@ -1,4 +1,4 @@
-"""What every media file has in common: it can be broken, and it is written whole or not at all."""
+"""What every media file has in common: it can be unusable, and it is written whole or not at all."""
 
 import os
 import tempfile
@@ -8,7 +8,48 @@ from pathlib import Path
 
 
 class MediaError(ValueError):
-    """A media file that cannot be used; the message names the file and the reason."""
+    """A media file that cannot be used; the message names the file, the reason and the cure.
+
+    `kind` is a word for reports that count the reasons.
+    """
+
+    kind = "unusable"
+
+
+class NotMediaError(MediaError):
+    """Empty, of no media format, or of one that is not read here."""
+
+    kind = "not media"
+
+
+class NoStreamError(MediaError):
+    """Media without a stream of the kind that is asked for, or with an empty one."""
+
+    kind = "no stream"
+
+
+class DamagedError(MediaError):
+    """Cut off or corrupt: a part of what the file promises cannot be decoded."""
+
+    kind = "damaged"
+
+
+class TooLargeError(MediaError):
+    """Over a limit of pixels, bytes, seconds or channels, by what its header claims or by what it holds."""
+
+    kind = "too large"
+
+
+class UnsupportedError(MediaError):
+    """Readable, but not as what it means: the message says what is not supported and how to convert it."""
+
+    kind = "unsupported"
+
+
+class UnreachableError(MediaError):
+    """Not there, not permitted, or outside of the folder that it must lie in."""
+
+    kind = "unreachable"
 
 
 @contextmanager

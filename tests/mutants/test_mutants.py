@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("mmdiff", "video", "audio", "configs", "tests", "pyproject.toml")
+COPIED = ("mmdiff", "video", "audio", "audiovideo", "configs", "tests", "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "pretrained", "mutants")
 MUTANTS = yaml.safe_load((Path(__file__).parent / "mutants.yaml").read_text("utf-8"))
 

@@ -1,0 +1,78 @@
+"""The Frechet distance against closed forms and scipy's matrix root; features that are functions of their seed."""
+
+import math
+
+import pytest
+import scipy.linalg
+import torch
+
+from mmdiff.distance import RandomFeatures, frechet_distance
+
+
+def normals(count: int, size: int, seed: int, mix: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, generator=generator, dtype=torch.float64)
+    return x @ (mix * torch.randn(size, size, generator=generator, dtype=torch.float64))
+
+
+def whitened(count: int, size: int, seed: int) -> torch.Tensor:
+    """Features whose sample mean is 0 and whose sample covariance is the identity, to rounding."""
+    x = torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    q, _ = torch.linalg.qr(x - x.mean(0))
+    return q * math.sqrt(count - 1)
+
+
+def test_distance_of_two_scaled_and_moved_sets_is_the_closed_form() -> None:
+    x = whitened(200, 6, 0)
+    scale, shift = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, 0.1]).double(), torch.arange(6).double()
+    expected = float((scale - 1).square().sum() + shift.square().sum())
+    assert frechet_distance(x, whitened(300, 6, 1) * scale + shift) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_distance_equals_the_matrix_root(size: int) -> None:
+    a, b = normals(100, size, 1), normals(80, size, 2, mix=0.3) + 0.5
+    root = scipy.linalg.sqrtm(torch.cov(a.T).reshape(size, size).numpy() @ torch.cov(b.T).reshape(size, size).numpy())
+    trace = torch.cov(a.T).reshape(size, size).trace() + torch.cov(b.T).reshape(size, size).trace()
+    expected = float((a.mean(0) - b.mean(0)).square().sum() + trace) - 2 * float(root.trace().real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fewer_clips_than_features_give_a_real_distance_that_is_nought_to_itself() -> None:
+    a = normals(5, 40, 3)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9 * float(a.square().sum()))
+    assert frechet_distance(a, a + 1) == pytest.approx(40, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.zeros(1, 3), torch.zeros(4, 3), "a has shape"),
+        (torch.zeros(4, 3), torch.zeros(4, 2), "b has shape"),
+        (torch.zeros(4, 3), torch.full((4, 3), float("nan")), "not finite"),
+    ],
+)
+def test_what_has_no_distance_is_refused(a: torch.Tensor, b: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(a, b)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [(1, (2, 3, 50)), (2, (2, 3, 9, 12)), (3, (2, 3, 4, 9, 9))])
+def test_features_follow_from_the_seed_and_leave_the_global_generator_alone(axes: int, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    state = torch.get_rng_state()
+    found = RandomFeatures(3, axes, width=4)(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.shape == (2, 28)
+    assert torch.equal(found, RandomFeatures(3, axes, width=4)(x))
+    assert not torch.allclose(found, RandomFeatures(3, axes, width=4, seed=1)(x))
+    assert torch.allclose(found[:1], RandomFeatures(3, axes, width=4)(x[:1]), atol=1e-6)
+
+
+def test_features_tell_blurred_clips_from_sharp_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sharp = 2.0 * torch.randint(0, 2, (64, 3, 8, 16, 16), generator=generator) - 1
+    blurred = torch.nn.functional.avg_pool3d(sharp, (1, 3, 3), 1, (0, 1, 1))
+    features = RandomFeatures(3, 3, width=4)
+    halves = frechet_distance(features(sharp[:32]), features(sharp[32:]))
+    assert frechet_distance(features(sharp[:32]), features(blurred[32:])) > 5 * halves
