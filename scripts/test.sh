@@ -17,7 +17,7 @@ HELP
         ;;
 esac
 
-setup_env "test,text"
+setup_env "test,text,decord,ray,tables"
 cd "$ROOT" || exit 1
 
 # k-diffusion, a reference of tests/test_sampling_kdiffusion.py, asks for clip, wandb and more that its samplers do not
