@@ -201,7 +201,7 @@ def test_test_sh_adds_its_extras_and_ends_with_pytest(checkout: Checkout) -> Non
     run = checkout.run("test.sh", "--slow", "-k", "a b")
     assert run.returncode == 0, run.stderr
     calls = checkout.calls()
-    assert calls[1].endswith(f"-e {checkout.root}[test,text,decord,ray,tables]")
+    assert calls[1].endswith(f"-e {checkout.root}[decord,ray,tables,test,text]")
     assert [call.split()[1] for call in calls] == ["pip", "pip", "ruff", "ruff", "mypy", "pytest"]
     assert calls[-1] == "-m pytest -q -n auto --maxprocesses 4 --dist worksteal --slow -k a b"
 
@@ -217,7 +217,7 @@ def test_changed_requirements_are_installed_with_all_extras(checkout: Checkout, 
     with (checkout.root / changed).open("a") as file:
         file.write("# changed\n")
     checkout.run()
-    assert checkout.calls()[1].endswith("[test,text,decord,ray,tables]")
+    assert checkout.calls()[1].endswith("[decord,ray,tables,test,text]")
 
 
 def test_moved_repository_is_installed_again(checkout: Checkout) -> None:
