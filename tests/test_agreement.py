@@ -30,6 +30,7 @@ VARIANTS = {  # what holds only differences, and from what
     "video_latent": "video",
     "video_autoencoder_gan": "video_autoencoder",
     "sprites_latent": "sprites",
+    "digits_latent": "digits",
 }
 TOLERANCE = 1e-6
 

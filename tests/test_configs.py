@@ -26,6 +26,7 @@ CASCADES = [path for path in CONFIGS if path.stem.endswith("_cascade")]
 VARIANTS = {  # what holds only differences, and from what
     "tiny/video_latent.yaml": "tiny/video.yaml",
     "video/sprites_latent.yaml": "video/sprites.yaml",
+    "audio/digits_latent.yaml": "audio/digits.yaml",
     "tiny/video_autoencoder_gan.yaml": "tiny/video_autoencoder.yaml",
 }
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from mmdiff.config import dump_config
+from mmdiff.config import dump_config, trust_policy
 from mmdiff.io import build, fetch, load, read_config, save, verify_manifest, write_manifest
 from mmdiff.precond import EDM
 
@@ -84,6 +84,7 @@ def folder(tmp_path: Path) -> Path:
 def lightning_built(tree: dict[str, Any]) -> Any:
     from jsonargparse import ArgumentParser
 
+    trust_policy(["zoo"])  # jsonargparse keeps one policy for the process, which other tests set
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "model")
     return parser.instantiate(parser.parse_string(yaml.safe_dump({"model": tree}))).model
