@@ -97,7 +97,8 @@ class AudioReader:
         if count == 0:
             return torch.zeros(self.channels, 0)
         samples = torch.from_numpy(np.ascontiguousarray(self._reader.read(start, count)))
-        if not torch.isfinite(samples).all():
+        # a sum is many times faster, and finite where all samples are; all are looked at where it is not
+        if not torch.isfinite(samples.sum()) and not torch.isfinite(samples).all():
             raise DamagedError(f"{self.name}: holds non-finite samples; write it again from its source")
         return samples
 
