@@ -3,9 +3,9 @@
 usage: python benchmarks/media.py [--seconds N] [--folder FOLDER] [--json FILE]
 
 Takes about 3 minutes on two cores. The files are made on the spot: H.264 with B-frames and a keyframe each 48 frames,
-as noise that moves. Every library decodes the same random clips to RGB in memory, in interleaved rounds; the table has
+as noise that moves. Every decoder decodes the same random clips to RGB in memory, in interleaved rounds; the table has
 the median. PyAV by hand is measured with its defaults, and with one thread for decoding and for the colours, which is
-faster on clips. A library that is not installed, or cannot be loaded (torchcodec needs FFmpeg's shared libraries), is
+faster on clips. One that is not installed, or cannot be loaded (torchcodec needs FFmpeg's shared libraries), is
 named as absent.
 
 Ends with the bars: at least 90 % of plain PyAV's rate, at 640x360 also of the tuned one's. Exit status: 0 all met,
@@ -58,7 +58,7 @@ def make_clip(path: Path, frames: int, height: int, width: int) -> None:
 
 
 def starts(frames: int, take: int) -> Iterator[int]:
-    """The same endless random first frames for every library."""
+    """The same endless random first frames for every decoder."""
     generator = random.Random(0)
     return itertools.cycle([generator.randint(0, frames - take) for _ in range(64)])
 
@@ -109,7 +109,7 @@ PEERS = {"decord": ("decord", decord_reader), "torchcodec": ("torchcodec.decoder
 
 
 def video_works(path: Path, frames: int, take: int, reopen: bool) -> tuple[dict[str, Work], list[str]]:
-    """({library: a work that decodes the next random clip}, what is absent)."""
+    """({name: a work that decodes the next random clip}, what is absent)."""
     works: dict[str, Work] = {}
     absent: list[str] = []
 
@@ -154,7 +154,7 @@ def _closing(opened: VideoReader | av.container.InputContainer, close: bool, rea
 
 def print_table(title: str, rounds: Rounds, names: list[str]) -> None:
     print(f"\n{title}")
-    print(f"{'library':24} {'clips/s':>9} {'of ours':>9}")
+    print(f"{'decoder':24} {'clips/s':>9} {'of ours':>9}")
     for name in names:
         share = statistics.median(rounds.ratios(OURS, name))
         print(f"{name:24} {1 / rounds.median(name):9.1f} {share:9.2f}")

@@ -1,7 +1,7 @@
 """Reading sound: whole files and windows of two seconds, ours beside soundfile, PyAV, librosa, torchaudio, torchcodec.
 
 `benchmarks/media.py` runs it. The files are made on the spot: ten seconds and ten minutes of noise and tones, 44.1 kHz
-stereo, as wav, flac, mp3, m4a and ogg. Every library gives (C, T) float32 in memory; a file is opened for each read.
+stereo, as wav, flac, mp3, m4a and ogg. Each gives (C, T) float32 in memory; a file is opened for each read.
 Soundfile's windows of low-rate mp3 and near the end of Vorbis are not the right samples: see `audio.pcm`.
 """
 
@@ -92,7 +92,7 @@ READERS: dict[str, Read] = {
 
 
 def audio_works(folder: Path) -> tuple[dict[str, dict[str, Work]], list[str]]:
-    """({title: {library: a work that reads the file, or the next random window of it}}, what is absent and why)."""
+    """({title: {name: a work that reads the file, or the next random window of it}}, what is absent and why)."""
     cases: dict[str, dict[str, Work]] = {}
     absent: dict[str, None] = {}
     for suffix in FORMATS:
@@ -103,7 +103,7 @@ def audio_works(folder: Path) -> tuple[dict[str, dict[str, Work]], list[str]]:
         for name, read in READERS.items():
             try:
                 read(short, 1, 2)
-            except Exception as error:  # a library that is not there, lacks FFmpeg or does not know the format
+            except Exception as error:  # one that is not there, lacks FFmpeg or does not know the format
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 absent[f"{name} for {suffix} ({reason[:80]})"] = None
             else:

@@ -137,7 +137,7 @@ def write_gif(path: str | os.PathLike[str], frames: Tensor, fps: float | Fractio
         raise ValueError(f"fps={fps} is outside (0, 100]; a GIF shows a frame for at least 10 ms")
     pictures = [Image.fromarray(picture) for picture in _pixels(frames)]
     ends = [round(100 * (index + 1) / fps) for index in range(len(pictures))]  # 10 ms
-    shown_ms = [10 * (end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
+    shown_ms = [10 * (end - begin) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
     with whole_file(path) as temporary:
         pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=shown_ms, loop=0)
 

@@ -76,7 +76,7 @@ def csv_rows(data: bytes) -> Iterator[tuple[int, dict[str, Any] | CaptionError]]
         if header is None:
             header = row
         elif row:
-            yield reader.line_num, dict(zip(header, row, strict=False))
+            yield reader.line_num, dict(zip(header[: len(row)], row[: len(header)], strict=True))
 
 
 def _object(text: str) -> dict[str, Any]:
