@@ -80,8 +80,12 @@ class DiffusionModule(pl.LightningModule):
         self.weighting, self.distance = weighting or Natural(), distance or MSE()
         self.levels, self.variance = levels or PerItem(), variance
 
-    def loss(self, batch: dict[str, Any], key: tuple[int, ...]) -> Tensor:
-        """Mean loss () of a batch, with every random choice drawn from `key`."""
+    def losses(self, batch: dict[str, Any], key: tuple[int, ...]) -> dict[str, Tensor]:
+        """Losses of a batch, with every random choice drawn from `key`.
+
+        "loss" (): the batch's mean. "items" (B,): of each item, 0 where nothing of it counts, detached.
+        "sigma" (B,) or (B, T): the noise levels that were drawn.
+        """
         generator = torch.Generator().manual_seed(hash((self.seed, *key)) % 2**63)
         latents = self.latents(batch)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -102,8 +106,9 @@ class DiffusionModule(pl.LightningModule):
                 f"the backbone gives {errors.extra.shape[1]} channels beyond the data's {latents.shape[1]}, "
                 "which nothing trains: give variance (mmdiff.likelihood.LearnedVariance), or leave out_channels out"
             )
-        items = errors.total(torch.ones_like(error)).sum()  # less those of which nothing counts
-        return errors.total(density.weight(level) * error).sum() / items
+        counted = errors.total(torch.ones_like(error)).sum()  # less those of which nothing counts
+        items = errors.total(density.weight(level) * error)
+        return {"loss": items.sum() / counted, "items": items.detach(), "sigma": sigma}
 
     def latents(self, batch: dict[str, Any]) -> Tensor:
         """Those of the batch. Raises ValueError where it holds latents of another autoencoder than the model's."""
@@ -125,18 +130,19 @@ class DiffusionModule(pl.LightningModule):
             return self.model.autoencoder.known(mask.expand(len(data), 1, *data.shape[2:]))
         return checked_mask(mask, latents)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.loss(batch, (self.current_epoch, batch_idx, self.global_rank))
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(batch))
-        return loss
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        losses = self.losses(batch, (self.current_epoch, batch_idx, self.global_rank))
+        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=batch_size(batch))
+        return losses
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        loss = self.loss(batch, (-1, batch_idx, self.global_rank))
-        self.log("val/loss", loss, prog_bar=True, batch_size=batch_size(batch), sync_dist=True)
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        losses = self.losses(batch, (-1, batch_idx, self.global_rank))
+        self.log("val/loss", losses["loss"], prog_bar=True, batch_size=batch_size(batch), sync_dist=True)
+        return losses
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        loss = self.loss(batch, (-1, batch_idx, self.global_rank))
-        self.log("test/loss", loss, batch_size=batch_size(batch), sync_dist=True)
+        losses = self.losses(batch, (-1, batch_idx, self.global_rank))
+        self.log("test/loss", losses["loss"], batch_size=batch_size(batch), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         norm = grad_norm(self.model, 2)["grad_2.0_norm_total"]

@@ -145,7 +145,7 @@ class Case:
         spy.calls.clear()
         monkeypatch.setattr(self.module, "levels", At(sigma))
         monkeypatch.setattr(self.module.model, "encode", lambda x: latents)
-        self.module.loss({"x": latents, **self.prompt}, (0, 0, 0))
+        self.module.losses({"x": latents, **self.prompt}, (0, 0, 0))
         monkeypatch.undo()
         (call,) = spy.calls
         return call
@@ -315,7 +315,7 @@ def test_a_shift_by_size_is_the_same_in_training_and_in_sampling(steps: int) -> 
     shift, expected = ResolutionShift(4), (steps / 2 / 4) ** 0.5
     density = LogNormal(0.0, 1e-6)  # every draw is 1 before the shift
     module = DiffusionModule(model, Shifted(density, shift))
-    module.loss({"x": torch.randn(1, 1, steps)}, (0, 0, 0))
+    module.losses({"x": torch.randn(1, 1, steps)}, (0, 0, 0))
     stage = Generate(model, FlowGrid(shift=shift), Ancestral(), steps=2)
     stage({"caption": ["x"]}, shape=(1, steps // 2), rate=1.0, noise=seeded_noise([0]))
     trained, *sampled = (float(c_noise / (1 - c_noise)) for _, c_noise, _ in model.denoiser.backbone.calls)

@@ -82,7 +82,7 @@ def test_a_control_net_trains_with_it_in_a_diffusion_module() -> None:
     nn.init.normal_(net.head.weight, std=0.1)
     model = DiffusionModel(ControlNet(net, 1), EDM(0.5), Join([Label("y", 3, 6), Hint(Edges())]))
     module = DiffusionModule(model, LogNormal())
-    module.loss({"x": torch.rand(2, 3, 2, 8, 8), "y": torch.tensor([0, 2])}, (0,)).backward()
+    module.losses({"x": torch.rand(2, 3, 2, 8, 8), "y": torch.tensor([0, 2])}, (0,))["loss"].backward()
     joins = model.denoiser.backbone.joins
     assert all(join.weight.grad.abs().max() > 0 for join in joins)
     assert all(p.grad is None for p in net.parameters())

@@ -43,22 +43,24 @@ def batch(n: int = 4) -> dict[str, Tensor]:
 def test_loss_is_a_function_of_its_key_alone() -> None:
     module, data = make(), batch()
     state = torch.get_rng_state()
-    losses = [float(module.loss(data, key)) for key in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    losses = [
+        float(module.losses(data, key)["loss"]) for key in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     assert losses[0] == losses[1]
     assert len(set(losses)) == 4
-    assert float(make(seed=1).loss(data, (0, 0, 0))) != losses[0]
-    assert float(make(density=LogNormal(1.0)).loss(data, (0, 0, 0))) != losses[0]
+    assert float(make(seed=1).losses(data, (0, 0, 0))["loss"]) != losses[0]
+    assert float(make(density=LogNormal(1.0)).losses(data, (0, 0, 0))["loss"]) != losses[0]
 
 
 def test_conditions_are_dropped_in_training_alone() -> None:
     module, data = make(), batch()
     other = {**data, "class": (data["class"] + 1) % 3}
     module.eval()
-    assert module.loss(data, (0, 0, 0)) != module.loss(other, (0, 0, 0))
+    assert module.losses(data, (0, 0, 0))["loss"] != module.losses(other, (0, 0, 0))["loss"]
     module.train()
     module.model.conditioner.dropout = 1.0
-    assert module.loss(data, (0, 0, 0)) == module.loss(other, (0, 0, 0))
+    assert module.losses(data, (0, 0, 0))["loss"] == module.losses(other, (0, 0, 0))["loss"]
 
 
 def test_an_upsampler_is_given_the_low_clip_of_its_own_latents() -> None:
@@ -68,7 +70,7 @@ def test_an_upsampler_is_given_the_low_clip_of_its_own_latents() -> None:
     model.denoiser.backbone.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
     data = batch()
     module.eval().model.conditioner.level = 0.0
-    module.loss(data, (0, 0, 0)).backward()
+    module.losses(data, (0, 0, 0))["loss"].backward()
     assert torch.equal(seen[0][:, :1, ::2], data["x"][:, :, ::2])
 
 
@@ -194,7 +196,7 @@ def test_the_default_loss_is_the_mean_square_on_the_networks_own_target() -> Non
     sigma = LogNormal().sample(64, generator=generator)
     noise = torch.randn(data["x"].shape, generator=generator)
     expected = module.model.denoiser.loss(data["x"], sigma, noise=noise).mean()
-    assert torch.equal(module.loss(data, (3, 1, 4)), expected)
+    assert torch.equal(module.losses(data, (3, 1, 4))["loss"], expected)
 
 
 @pytest.mark.parametrize("settings", [
@@ -203,7 +205,7 @@ def test_the_default_loss_is_the_mean_square_on_the_networks_own_target() -> Non
     {"density": Importance(LogNormal(), (3, 1))}, {"density": Shifted(LogNormal(), ResolutionShift(2))},
 ], ids=str)  # fmt: skip
 def test_every_setting_of_the_loss_counts(settings: dict[str, Any]) -> None:
-    losses = [float(bare(**given).loss(clips(), (0, 0, 0))) for given in ({}, settings, settings)]
+    losses = [float(bare(**given).losses(clips(), (0, 0, 0))["loss"]) for given in ({}, settings, settings)]
     assert losses[1] == losses[2]
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
@@ -212,10 +214,10 @@ def test_importance_draws_leave_the_mean_loss_as_it_is() -> None:
     """Means of 40,000 draws within 4 standard errors; without its weight the mean would be far off."""
     module, data = bare(), {"x": torch.randn(40_000, 1, 2)}
     skewed = bare(Importance(LogNormal(), (1, 9)))
-    plain, weighted = (float(m.loss(data, (0, 0, 0))) for m in (module, skewed))
+    plain, weighted = (float(m.losses(data, (0, 0, 0))["loss"]) for m in (module, skewed))
     assert weighted == pytest.approx(plain, rel=0.03)
     skewed.density = UnweightedImportance(LogNormal(), (1, 9))
-    assert float(skewed.loss(data, (0, 0, 0))) != pytest.approx(plain, rel=0.1)
+    assert float(skewed.losses(data, (0, 0, 0))["loss"]) != pytest.approx(plain, rel=0.1)
 
 
 class UnweightedImportance(Importance):
@@ -261,24 +263,24 @@ def test_known_steps_are_at_zero_in_their_share_of_the_items() -> None:
 
 def test_a_known_step_reaches_the_network_clean_and_teaches_nothing() -> None:
     module, data = bare(levels=Known(2, 0, 1.0)), clips()
-    module.loss(data, (0, 0, 0))
+    module.losses(data, (0, 0, 0))
     seen, network = module.model.denoiser.backbone, module.model.denoiser
     c_in = network.precond(torch.zeros(()))[2]
     assert torch.equal(seen.x[:, :, :2], c_in * data["x"][:, :, :2])  # type: ignore[index, operator]
     assert seen.c_noise.shape == (64, 8)
-    loss = module.loss(data, (0, 0, 0))
+    loss = module.losses(data, (0, 0, 0))["loss"]
     data["mask"] = torch.ones(64, 8, dtype=torch.bool)
     data["mask"][:, :2] = False
-    assert torch.equal(module.loss(data, (0, 0, 0)), loss)
+    assert torch.equal(module.losses(data, (0, 0, 0))["loss"], loss)
 
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: Known(0, 0), "first=0, last=0 must not be negative, nor both 0"),
     (lambda: Known(share=0.0), "share=0.0 must lie between"), (lambda: Past(0), "longest=0 must be at least 1"),
-    (lambda: bare(levels=Known(4, 4)).loss(clips(), (0,)), "first=4, last=4 leave nothing unknown of 8"),
-    (lambda: bare(levels=Past(8)).loss(clips(), (0,)), "longest=8 leaves nothing to continue in 8"),
-    (lambda: bare(channels=2).loss(clips(), (0,)), "1 channels beyond the data's 1, which nothing trains"),
-    (lambda: bare(variance=LearnedVariance()).loss(clips(), (0,)), "0 channels beyond x's 1"),
+    (lambda: bare(levels=Known(4, 4)).losses(clips(), (0,))["loss"], "first=4, last=4 leave nothing unknown of 8"),
+    (lambda: bare(levels=Past(8)).losses(clips(), (0,))["loss"], "longest=8 leaves nothing to continue in 8"),
+    (lambda: bare(channels=2).losses(clips(), (0,))["loss"], "1 channels beyond the data's 1, which nothing trains"),
+    (lambda: bare(variance=LearnedVariance()).losses(clips(), (0,))["loss"], "0 channels beyond x's 1"),
 ])  # fmt: skip
 def test_levels_and_variances_that_make_no_sense_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -288,38 +290,38 @@ def test_levels_and_variances_that_make_no_sense_are_refused(make: Any, message:
 def test_padding_counts_in_no_loss_in_the_space_of_the_latents_too() -> None:
     module, data = bare(), clips()
     data["mask"] = torch.ones(64, 8, dtype=torch.bool)
-    whole = module.loss(data, (0, 0, 0))
+    whole = module.losses(data, (0, 0, 0))["loss"]
     data["mask"][:, 5:] = False
-    loss = module.loss(data, (0, 0, 0))
+    loss = module.losses(data, (0, 0, 0))["loss"]
     assert loss != whole
     spoilt = data["x"].clone()
     spoilt[:, :, 5:] = 100.0
-    assert torch.equal(module.loss({**data, "x": spoilt}, (0, 0, 0)), loss)
+    assert torch.equal(module.losses({**data, "x": spoilt}, (0, 0, 0))["loss"], loss)
 
     data["mask"][:32] = False  # items of padding alone leave the batch's mean, rather than lower it
-    half = float(module.loss(data, (0, 0, 0)))
+    half = float(module.losses(data, (0, 0, 0))["loss"])
     data["mask"] = data["mask"].flip(0)
-    other = float(module.loss(data, (0, 0, 0)))
+    other = float(module.losses(data, (0, 0, 0))["loss"])
     assert (half + other) / 2 == pytest.approx(float(loss), rel=1e-5)
     data["mask"] |= data["mask"].flip(0)
 
     model = DiffusionModel(Given(), EDM(), autoencoder=Pool([2]))
     latent = DiffusionModule(model, LogNormal())
     # a latent step of 4 and 5 is half padding: it counts no more than 6 and 7
-    halves = latent.loss({**data, "x": spoilt}, (0, 0, 0))
+    halves = latent.losses({**data, "x": spoilt}, (0, 0, 0))["loss"]
     spoilt[:, :, 4] = -100.0
-    assert torch.equal(latent.loss({**data, "x": spoilt}, (0, 0, 0)), halves)
+    assert torch.equal(latent.losses({**data, "x": spoilt}, (0, 0, 0))["loss"], halves)
     with pytest.raises(ValueError, match=r"mask has shape \(64, 7\)"):
-        latent.loss({**data, "mask": data["mask"][:, :7]}, (0, 0, 0))
+        latent.losses({**data, "mask": data["mask"][:, :7]}, (0, 0, 0))
 
 
 def test_the_learned_variance_adds_its_bound() -> None:
     table = DDPM(train_steps=50)
     losses = [
-        float(bare(Table(table), Eps(table), 2, variance=LearnedVariance(table, scale)).loss(clips(), (0,)))
+        float(bare(Table(table), Eps(table), 2, variance=LearnedVariance(table, scale)).losses(clips(), (0,))["loss"])
         for scale in (1e-9, 0.001, 0.002)
     ]
-    plain = float(bare(Table(table), Eps(table)).loss(clips(), (0,)))
+    plain = float(bare(Table(table), Eps(table)).losses(clips(), (0,))["loss"])
     assert losses[0] == pytest.approx(plain, rel=1e-5)
     assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
     assert losses[1] > losses[0]
@@ -386,4 +388,4 @@ def test_each_part_of_the_loss_is_one_line_of_yaml(
     assert f"mmdiff.{type(found).__module__.split('.')[1]}.{type(found).__name__}" in line
     assert expected is None or found == expected
     if name != "variance":  # whose backbone needs more channels
-        assert cli.model.loss({"x": torch.randn(2, 1, 8)}, (0,)).isfinite()
+        assert cli.model.losses({"x": torch.randn(2, 1, 8)}, (0,))["loss"].isfinite()
