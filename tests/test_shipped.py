@@ -9,24 +9,28 @@ from audio.commands import SHIPPED as DIGITS
 from mmdiff.config import read_config
 from mmdiff.pipeline import load_pipeline, models, read_cascade
 from mmdiff.sampling import seeded_noise
+from tests.test_configs import model_of
 from video.commands import SHIPPED as SPRITES
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {SPRITES: ("video/sprites", "video/sprites_up"), DIGITS: ("audio/digits", "audio/digits_up")}
+RECIPES = {  # configs of the cascade and of the models in its folders
+    SPRITES: ("video/sprites_cascade", {"base": "video/sprites", "up": "video/sprites_up"}),
+    DIGITS: ("audio/digits_latent_cascade", {"base": "audio/digits_latent"}),
+}
 
 
-def test_both_together_are_under_24_mb() -> None:
-    files = [file for folder in CONFIGS for file in folder.rglob("*") if file.is_file()]
+def test_together_they_are_under_24_mb() -> None:
+    files = [file for folder in RECIPES for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 24e6
 
 
-@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
 def test_they_come_from_the_committed_configs(folder: Path) -> None:
-    cascade = read_cascade(folder)
-    assert cascade == read_config(ROOT / "configs" / f"{CONFIGS[folder][0]}_cascade.yaml")
-    for config, (_, model) in zip(CONFIGS[folder], models(cascade).values(), strict=True):
-        asked = read_config(ROOT / "configs" / f"{config}.yaml")["model"]["init_args"]["model"]
-        contains(read_config(folder / model), asked, model)
+    cascade, recipes = read_cascade(folder), RECIPES[folder]
+    assert cascade == read_config(ROOT / "configs" / f"{recipes[0]}.yaml")
+    assert {model for _, model in models(cascade).values()} == set(recipes[1])
+    for model, config in recipes[1].items():
+        contains(read_config(folder / model), model_of(ROOT / "configs" / f"{config}.yaml"), model)
 
 
 def contains(saved: object, asked: object, where: str) -> None:
@@ -45,7 +49,7 @@ def contains(saved: object, asked: object, where: str) -> None:
         assert saved == asked, where
 
 
-@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
 def test_each_has_a_card_with_recipe_licence_and_numbers(folder: Path) -> None:
     card = (folder / "README.md").read_text("utf-8")
     for part in ("mmdiff fit -c configs/", "mmdiff export", "mmdiff eval", "CC BY-SA", "What it cannot do", "chance"):
