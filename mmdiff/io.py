@@ -51,6 +51,7 @@ def save(module: nn.Module, config: Mapping[str, Any], folder: str | Path, dtype
                 shutil.copy2(entry, staged / entry.name)
         (staged / CONFIG).write_text(text, "utf-8")
         save_file(state, staged / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # save_file's 0600 would hide the weights from other users
         write_manifest(staged)
         _publish(staged, folder)
     finally:

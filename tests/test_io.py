@@ -274,6 +274,7 @@ def test_a_model_comes_back_exactly(folder: Path, zoo: Any) -> None:
         assert torch.equal(again.state_dict()[name], value), name
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "manifest.json", "model.safetensors"]
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model", "packages"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read the config may read the weights
 
 
 def test_half_precision_rounds_parameters_only(folder: Path, zoo: Any) -> None:

@@ -3,8 +3,9 @@
 import copy
 import functools
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def assert_equal(module: nn.Module, expected: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return Net(4, name="né").save_pretrained(tmp_path / "deep" / "net")
+def folder(tmp_path: Path) -> Iterator[Path]:
+    umask = os.umask(0o022)
+    yield Net(4, name="né").save_pretrained(tmp_path / "deep" / "net")
+    os.umask(umask)
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -80,6 +83,10 @@ def test_a_folder_gives_back_arguments_and_weights_bit_for_bit(tmp_path: Path) -
     assert not again.training
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert again.spec() == net.spec()
+
+
+def test_other_users_may_read_what_the_umask_lets_them(folder: Path) -> None:
+    assert {(folder / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")} == {0o644}
 
 
 def test_defaults_are_written_out_so_that_a_change_of_theirs_changes_no_stored_model(folder: Path) -> None:
@@ -315,6 +322,9 @@ def test_the_constructor_s_signature_is_the_class_s_own() -> None:
 
     from jsonargparse import ArgumentParser
 
+    from mmdiff.config import trust_policy
+
+    trust_policy(["tests"])  # jsonargparse keeps one policy for the process, which other tests set
     assert next(iter(inspect.signature(Net).parameters)) == "width"
     parser = ArgumentParser()
     parser.add_subclass_arguments(nn.Module, "net")

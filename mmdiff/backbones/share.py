@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -73,6 +74,7 @@ class Shareable(nn.Module):
         try:
             save_file(state, staged[WEIGHTS], metadata={"format": "pt"})
             staged[CONFIG].write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", "utf-8")
+            shutil.copymode(staged[CONFIG], staged[WEIGHTS])  # save_file's is 0600, whatever the user's umask
             for name, path in staged.items():
                 os.replace(path, folder / name)
         finally:
