@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mmdiff.distance import RandomFeatures, frechet_distance
+from mmdiff.distance import RandomFeatures, frechet_distance, kernel_distance, measure
 
 
 def normals(count: int, size: int, seed: int, mix: float = 1.0) -> torch.Tensor:
@@ -55,6 +55,60 @@ def test_fewer_clips_than_features_give_a_real_distance_that_is_nought_to_itself
 def test_what_has_no_distance_is_refused(a: torch.Tensor, b: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         frechet_distance(a, b)
+
+
+def test_kernel_distance_equals_the_double_sum_over_pairs() -> None:
+    a, b = normals(7, 3, 0), normals(5, 3, 1) + 0.3
+
+    def mean(x: torch.Tensor, y: torch.Tensor, same: bool) -> float:
+        pairs = [(i, j) for i in range(len(x)) for j in range(len(y)) if not (same and i == j)]
+        return sum((float(x[i] @ y[j]) / 3 + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_is_that_of_torchmetrics() -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = normals(60, 8, 0), normals(60, 8, 1, mix=0.5)
+    assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-6)
+
+
+def test_kernel_distance_of_one_distribution_is_nought_on_average_for_sets_of_any_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (10, 40):
+        found = [kernel_distance(*torch.randn(2, count, 4, generator=generator)) for _ in range(400)]
+        mean, spread = torch.tensor(found).mean(), torch.tensor(found).std() / math.sqrt(400)
+        assert abs(mean) < 3 * spread
+        assert min(found) < 0 < max(found)
+
+
+def test_intervals_hold_what_other_sets_of_that_size_have_and_the_extrapolation_what_endless_ones_have() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, exact = 8, 8 * (1.5 - 1) ** 2 + 8 * 0.1**2
+    found = []
+    for _ in range(25):
+        a = torch.randn(60, size, generator=generator, dtype=torch.float64)
+        b = torch.randn(80, size, generator=generator, dtype=torch.float64) * 1.5 + 0.1
+        found.append(measure(frechet_distance, a, b, protocol="drawn"))
+    usual = sum(m.value for m in found) / len(found)
+    assert sum(m.low < usual < m.high for m in found) >= 22
+    assert sum(m.infinite_low < exact < m.infinite_high for m in found) >= 22
+    assert abs(sum(m.infinite for m in found) / len(found) - exact) < 0.3 * (usual - exact)
+    half = sum(m.high - m.low for m in found) / len(found) / 2
+    spread = torch.tensor([m.value for m in found]).std()
+    assert 1.4 < half / spread < 3.4  # 1.96, and the jackknife's excess
+
+
+def test_a_measured_distance_says_all_that_it_rests_on() -> None:
+    a, b = normals(40, 3, 0), normals(50, 3, 1)
+    found = measure(kernel_distance, a, b, protocol="eval sprites, random features")
+    assert str(found).startswith(f"kernel {found.value:.4g} [{found.low:.4g}, {found.high:.4g}], extrapolated ")
+    assert str(found).endswith("; 95 %, 40/50 clips, eval sprites, random features")
+    assert found == measure(kernel_distance, a, b, protocol="eval sprites, random features")
+    with pytest.raises(ValueError, match="sets of 39 and 50 clips; an interval needs 40 or more"):
+        measure(kernel_distance, a[:39], b, protocol="")
 
 
 @pytest.mark.parametrize(("axes", "shape"), [(1, (2, 3, 50)), (2, (2, 3, 9, 12)), (3, (2, 3, 4, 9, 9))])
