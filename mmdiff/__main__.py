@@ -9,9 +9,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from . import __version__
+from .exits import Stopped, status
 
 LIGHTNING = {
-    "fit": "train a model: mmdiff fit -c configs/video/sprites.yaml",
+    "fit": "train a model: mmdiff fit -c configs/video/sprites.yaml [--resume]",
     "validate": "validation loss of a checkpoint",
     "test": "loss on the test split",
     "predict": "Lightning's predict loop",
@@ -38,7 +39,10 @@ def usage() -> str:
 
 
 def guarded(name: str, command: Callable[[list[str]], int], args: list[str]) -> int:
-    """Runs a command. A wrong value ends in one line on stderr and status 2; MMDIFF_DEBUG=1 shows the traceback."""
+    """Runs a command. What goes wrong ends in one line on stderr and a status of `mmdiff.exits`.
+
+    MMDIFF_DEBUG=1 shows the traceback.
+    """
     try:
         return command(args) or 0
     except (ValueError, OSError, ImportError) as error:
@@ -46,7 +50,10 @@ def guarded(name: str, command: Callable[[list[str]], int], args: list[str]) -> 
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"mmdiff {name}: error: {message}", file=sys.stderr)
-        return 2
+        return status(error)
+    except Stopped as stop:
+        print(f"mmdiff {name}: {stop}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         print(f"mmdiff {name}: interrupted", file=sys.stderr)
         return 130

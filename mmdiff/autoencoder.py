@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from .bottleneck import KL, Bottleneck
 from .nn.conv import Resample, check_sizes, convolution
@@ -148,6 +149,9 @@ class Reconstruction:
     loss: Tensor
     logs: dict[str, Tensor]
     latents: Tensor
+
+
+register_dataclass(Reconstruction)  # as `mmdiff.conditioning.Cond`
 
 
 class TrainableAutoencoder(Autoencoder, ABC):

@@ -13,11 +13,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
+from . import processes
 from .adversarial import Adversarial
-from .autoencoder import Autoencoder, Reconstruction, TrainableAutoencoder
+from .autoencoder import Autoencoder, Chain, Reconstruction, TrainableAutoencoder
+from .exits import NonFiniteError
+from .gradients import gradient_norm
+from .io import load
 from .latent_statistics import LatentStatistics
+from .parameters import ParameterGroups
+from .sharding import kept_whole, shard
 
 
 class AutoencoderModule(pl.LightningModule):
@@ -34,6 +40,9 @@ class AutoencoderModule(pl.LightningModule):
         clip: largest norm of the gradient, of the model and, for themselves, of the discriminators; None is no limit.
         accumulate: batches to a step, of whose gradients it takes the mean; the last step of an epoch may have fewer.
         seed: of what is random in the bottleneck, a function of (seed, epoch, batch, rank) alone.
+        start_from: model folder or hub id of an autoencoder, whose weights `model` starts from.
+        groups: which parameters are frozen, train at another rate, or do not decay; default biases, gains, norms and
+            embeddings do not decay, and all train.
 
     A batch needs "x": (B, C, *axes) in [-1, 1]; masks are not read, so clips are cropped and not padded.
 
@@ -46,7 +55,8 @@ class AutoencoderModule(pl.LightningModule):
     validation, with the weights that it used (an EMA's, where there is one); before the first, running estimates.
 
     Logs train/loss, train/l1, train/psnr (of a range of 2, in dB), each loss by its name, what the bottleneck and the
-    discriminators log, train/grad_norm and train/discriminator_grad_norm, and val/ of what reconstruction has.
+    discriminators log, train/grad_norm and train/discriminator_grad_norm before clipping, train/clipped and
+    train/discriminator_clipped (whether `clip` made it smaller, 0 or 1), and val/ of what reconstruction has.
     """
 
     def __init__(
@@ -62,6 +72,8 @@ class AutoencoderModule(pl.LightningModule):
         clip: float | None = 1.0,
         accumulate: int = 1,
         seed: int = 0,
+        start_from: str | None = None,
+        groups: ParameterGroups | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -82,6 +94,8 @@ class AutoencoderModule(pl.LightningModule):
             raise ValueError(f"accumulate={accumulate} must be 1 or more")
         if discriminator_optimizer is not None and adversarial is None:
             raise ValueError("discriminator_optimizer is given, but adversarial is not: there is no discriminator")
+        if start_from is not None:
+            start(model, start_from)
         self.model = model
         self.front = None if front is None else front.requires_grad_(False).eval()
         self.losses = nn.ModuleDict(losses).requires_grad_(False)
@@ -89,9 +103,20 @@ class AutoencoderModule(pl.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.discriminator_optimizer = discriminator_optimizer or optimizer
         self.clip, self.accumulate, self.seed = clip, accumulate, seed
+        self.groups = groups or ParameterGroups()
+        self.groups.freeze(self)
         self.held = 0  # batches whose gradients wait for a step
         self.measured = False  # whether a validation has set the latents' statistics
         self.statistics: LatentStatistics | None = None
+        self.places = processes.Places()
+
+    def configure_model(self) -> None:
+        """Spreads the model's weights over the processes where the strategy is ModelParallelStrategy.
+
+        Discriminators, which the model's turn switches off, stay whole on each.
+        """
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh, methods=["reconstruct", "encode", "decode"])
 
     def train(self, mode: bool = True) -> "AutoencoderModule":
         super().train(mode)
@@ -104,10 +129,22 @@ class AutoencoderModule(pl.LightningModule):
         """What the model is to reconstruct."""
         return batch["x"] if self.front is None else self.front.encode(batch["x"])
 
+    def on_train_epoch_start(self) -> None:
+        processes.check_as_many([self.trainer.num_training_batches], "training")
+
+    def on_validation_start(self) -> None:
+        if self.device_mesh is not None:  # else held-out batches need nothing of the other processes
+            trainer = self.trainer
+            held_out = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+            processes.check_as_many(held_out, "held-out")
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         x, step = self.data(batch), self.global_step
         key = hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63
-        out = self.model.reconstruct(x, torch.Generator().manual_seed(key))
+        with kept_whole(self.model):  # the adaptive adversarial weight looks at the last layer's
+            out = self.model.reconstruct(x, torch.Generator().manual_seed(key))
+        # Strategies average gradients over processes, whose batches may have different numbers of items.
+        share = len(x) * processes.number() / self.places(len(x))[1] / self.accumulate
         self.held += 1
         ready = self.held == self.accumulate or self.trainer.is_last_batch
         adversarial = None if self.adversarial is None or step < self.adversarial.start else self.adversarial
@@ -116,7 +153,7 @@ class AutoencoderModule(pl.LightningModule):
 
         with self.turn(optimizers[0], ready):
             loss, logs = self.model_loss(out, x, adversarial)
-            self.manual_backward(loss / self.accumulate)
+            self.manual_backward(loss * share)
         if not self.measured:
             flat = out.latents.movedim(1, 0).flatten(1).float()
             self.model.normalise(flat.mean(dim=1), flat.std(dim=1, correction=0), rate=max(0.02, 1 / (1 + step)))
@@ -129,7 +166,7 @@ class AutoencoderModule(pl.LightningModule):
             with self.turn(optimizers[1], ready):
                 told_apart, judged = adversarial.discriminator_loss(x, out.x.detach(), step)
                 self.check_finite(judged)
-                self.manual_backward(told_apart / self.accumulate)
+                self.manual_backward(told_apart * share)
             if ready:
                 # Not LightningOptimizer.step, which would count this in global_step.
                 self.trainer.strategy.optimizer_step(optimizers[1].optimizer, lambda: None)
@@ -167,33 +204,41 @@ class AutoencoderModule(pl.LightningModule):
             yield
 
     def check_finite(self, losses: dict[str, Tensor]) -> None:
-        """Raises ValueError naming the first loss that is not finite."""
+        """Raises NonFiniteError, in all processes, where a loss of any is not finite; names this one's first."""
         finite = torch.stack([value.detach().float() for value in losses.values()]).isfinite().tolist()
+        if self.trainer.strategy.reduce_boolean_decision(all(finite)):
+            return
+        named = "of another process"
         if not all(finite):
             name = list(losses)[finite.index(False)]
-            raise ValueError(
-                f"the loss {name}={float(losses[name].detach())} is not finite at step {self.global_step}; the "
-                "weights are as they were before it. Lower the learning rate, or look for such values in the data"
-            )
+            named = f"{name}={float(losses[name].detach())}"
+        raise NonFiniteError(
+            f"the loss {named} is not finite at step {self.global_step}; the weights are as they were before it. "
+            "Lower the learning rate, or look for such values in the data"
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips, after gradients have lost the scale of half precision; refuses what is not finite."""
         prefix = "" if optimizer is self.trainer.optimizers[0] else "discriminator_"
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
+        if prefix and self.device_mesh is not None:  # the strategy averages those of sharded weights alone
+            for gradient in gradients:
+                gradient.copy_(processes.summed(gradient) / processes.number())
         if self.held != self.accumulate:  # the last window of an epoch; elsewhere the factor is 1
             for gradient in gradients:
                 gradient.mul_(self.accumulate / self.held)
-        norm = get_total_norm(gradients)
+        norm = gradient_norm(parameters)
         if not norm.isfinite():
             if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
                 return  # the scaler leaves this step out, and lowers its scale
-            raise ValueError(
+            raise NonFiniteError(
                 f"the gradient ({prefix}grad_norm={float(norm)}) is not finite at step {self.global_step}; the weights "
                 "are as they were before it. Lower the learning rate, or train in higher precision"
             )
         if self.clip is not None:
             clip_grads_with_norm_(parameters, self.clip, norm)
+            self.log(f"train/{prefix}clipped", (norm > self.clip).float())
         self.log(f"train/{prefix}grad_norm", norm)
 
     def advance_schedule(self, index: int) -> None:
@@ -242,10 +287,10 @@ class AutoencoderModule(pl.LightningModule):
         self.measured = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["latents_measured"] = self.measured
+        checkpoint["latents_measured"], checkpoint["held_batches"] = self.measured, self.held
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.measured = checkpoint.get("latents_measured", False)
+        self.measured, self.held = checkpoint.get("latents_measured", False), checkpoint.get("held_batches", 0)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """None; but the first place to say what the trainer's own refusal does not: where the setting belongs."""
@@ -262,15 +307,28 @@ class AutoencoderModule(pl.LightningModule):
         return []
 
     def configure_optimizers(self) -> Any:
-        optimizers = [self.optimizer([p for p in self.model.parameters() if p.requires_grad])]
+        optimizers = [self.groups.optimizer(self.optimizer, self, within="model.")]
         if self.adversarial is not None:
-            optimizers.append(self.discriminator_optimizer(self.adversarial.parameters()))
+            optimizers.append(self.groups.optimizer(self.discriminator_optimizer, self, within="adversarial."))
         if self.scheduler is None:
             return optimizers
         schedulers = [self.scheduler(optimizer) for optimizer in optimizers]
         if isinstance(schedulers[0], torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ValueError("scheduler=ReduceLROnPlateau waits for a metric; give one that goes by steps alone")
+        for scheduler in schedulers:
+            self.groups.check_scheduler(scheduler)
         return optimizers, schedulers
+
+
+def start(model: TrainableAutoencoder, start_from: str) -> None:
+    """Gives `model` the weights of an exported autoencoder. Raises ValueError where they are not of such a model."""
+    trained = load(start_from)
+    if isinstance(trained, Chain):  # of the front that it was trained behind
+        trained = trained.parts[-1]
+    try:
+        model.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"start_from={start_from} has no weights of this {type(model).__name__}: {error}") from error
 
 
 def metrics(x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:

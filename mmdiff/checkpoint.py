@@ -1,15 +1,20 @@
-"""Training checkpoints that a kill at any moment leaves readable."""
+"""Training checkpoints that a kill at any moment leaves readable, and that say so when they are not."""
 
+import errno
 import os
 import pickle
 import secrets
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from .exits import full_disk
 
 PREFIX = ".inprogress-"
 
@@ -18,7 +23,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoint files that are either the old one or the new one: written beside the target, synced, then renamed.
 
     Lightning stages in the temporary folder, which may lie on another file system, where a move is a copy that a kill
-    cuts short (Lightning issue 21744). Loading unpickles tensors and plain Python values only (`weights_only=True`).
+    cuts short (Lightning issue 21744). Loading unpickles tensors and plain Python values only (`weights_only=True`),
+    after every record of the file has been compared with its CRC32.
     """
 
     def __init__(self) -> None:
@@ -28,7 +34,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: object | None = None
     ) -> None:
-        """Write `checkpoint` to a local file. Raises ValueError on a URL or on `storage_options`."""
+        """Write `checkpoint` to a local file. Raises ValueError on a URL or on `storage_options`.
+
+        Raises OSError on a full disk; what the file held before, and every other checkpoint, is then as it was.
+        """
         if storage_options is not None:
             raise ValueError(f"storage_options={storage_options!r}: checkpoints are local files and take no options")
         target = _local(path)
@@ -42,6 +51,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staged, target)
+        except (OSError, RuntimeError) as error:
+            lack = _lack_of_room(error)
+            if lack is None:
+                raise
+            raise OSError(
+                lack,
+                f"no room for {target}: the checkpoints before it are whole; make room and go on (mmdiff fit --resume)",
+            ) from error
         finally:
             staged.unlink(missing_ok=True)
         if os.name != "nt":  # the rename itself reaches the disk; Windows cannot open a folder
@@ -63,11 +80,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         source = _local(path)
         if not source.is_file():
             raise FileNotFoundError(f"no such checkpoint: {source}")
-        try:
-            return torch.load(source, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{source} is broken, or holds more than tensors and plain values: {reason}") from error
+        verify(source)
+        return _read(source, map_location=map_location, mmap=False)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a local checkpoint, if there is one. Raises ValueError on a URL."""
@@ -81,6 +95,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     path.unlink()
             except FileNotFoundError:
                 continue  # another process of this run was faster
+
+
+def verify(path: Path) -> None:
+    """Compares every record of a checkpoint with its CRC32. Raises ValueError that names a torn or changed file."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            changed = records.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise _broken(path, str(error)) from error
+    if changed is not None:
+        raise _broken(path, f"the record {changed} has changed since it was written")
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """A checkpoint whose tensors stay in the file, so that its plain values cost little. Raises ValueError.
+
+    Nothing is compared with its CRC32.
+    """
+    return _read(path, map_location="cpu", mmap=True)
+
+
+def _read(path: Path, map_location: Any, mmap: bool) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise _broken(path, str(error)) from error
+
+
+def _broken(path: Path, reason: str) -> ValueError:
+    line = reason.strip().split("\n")[0]
+    return ValueError(f"{path} is broken, or holds more than tensors and plain values: {line}")
+
+
+def _lack_of_room(error: BaseException) -> int | None:
+    """The error number of a full disk among an error and its causes, None where it is another error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if full_disk(cause):
+            return cause.errno if isinstance(cause, OSError) else errno.ENOSPC
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _local(path: str | os.PathLike[str]) -> Path:

@@ -4,11 +4,11 @@ B batch, C channels, `*axes` T and what follows it, K codes, N vectors of a batc
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from .bottleneck import Bottled, Bottleneck, perplexity
+from .processes import shared, summed
 
 
 class VQ(Bottleneck):
@@ -123,19 +123,3 @@ class VQ(Bottleneck):
         self.sums.copy_(torch.where(dead, even * drawn, self.sums))
         self.book.copy_(torch.where(dead, drawn, self.book))
         self.begun.copy_(self.begun | dead.any())
-
-
-def summed(values: Tensor) -> Tensor:
-    """Sum over the processes that train together, or the values where there is one."""
-    if dist.is_available() and dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
-
-
-def shared(values: Tensor) -> Tensor:
-    """Rank 0's values on all processes that train together."""
-    if dist.is_available() and dist.is_initialized():
-        values = values.clone()
-        dist.broadcast(values, src=0)
-    return values

@@ -5,17 +5,19 @@ happens here and nowhere else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from .autoencoder import Autoencoder
 from .nn.embed import sinusoid
 
 Batch = Mapping[str, Any]
+Generators = Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,36 @@ class Cond:
     concat: Tensor | None = None
 
 
+register_dataclass(Cond)  # FSDP2 looks for tensors in what modules take and return, and finds none in unknown classes
+
+
 class Conditioner(nn.Module, ABC):
-    """Batch -> Cond. In training mode it drops conditions at random, from `generator`."""
+    """Batch -> Cond. In training mode it drops conditions at random.
+
+    generators: one for each item, from which all that is random of it is drawn, so that it depends neither on its
+    neighbours in the batch nor on how many processes share the work. None draws from the global generator.
+    """
 
     @abstractmethod
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond: ...
+    def forward(self, batch: Batch, generators: Generators | None = None) -> Cond: ...
 
     @abstractmethod
     def null(self, batch: Batch) -> Cond:
         """The condition without what guidance guides: empty prompts, no class. A low-resolution clip stays."""
 
 
-def dropped(n: int, rate: float, generator: torch.Generator | None) -> list[bool]:
+def dropped(n: int, rate: float, generators: Generators | None) -> list[bool]:
     """For each of `n` items whether its condition is dropped, at probability `rate`."""
-    return (torch.rand(n, generator=generator) < rate).tolist() if rate > 0 else [False] * n
+    return (draw(torch.rand, (n,), generators) < rate).tolist() if rate > 0 else [False] * n
+
+
+def draw(law: Callable[..., Tensor], shape: Sequence[int], generators: Generators | None) -> Tensor:
+    """Random numbers of `shape` (B, ...) by torch.rand or torch.randn, each item's from its own generator."""
+    if generators is None:
+        return law(tuple(shape))
+    if len(generators) != shape[0]:
+        raise ValueError(f"a batch of {shape[0]} needs as many generators, not {len(generators)}: one for each item")
+    return torch.stack([law(tuple(shape[1:]), generator=generator) for generator in generators])
 
 
 def check_rate(dropout: float) -> None:
@@ -70,12 +88,12 @@ class Text(Conditioner):
         self.encoder, self.dropout, self.key = encoder, dropout, key
         self.norm = norm or nn.Identity()
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+    def forward(self, batch: Batch, generators: Generators | None = None) -> Cond:
         if isinstance(batch[self.key], str):
             raise ValueError(f"{self.key}={batch[self.key][:40]!r} must be a list of prompts, one for each item")
         prompts = list(batch[self.key])
         if self.training:
-            drop = dropped(len(prompts), self.dropout, generator)
+            drop = dropped(len(prompts), self.dropout, generators)
             prompts = ["" if d else prompt for d, prompt in zip(drop, prompts, strict=True)]
         return self.encode(prompts)
 
@@ -96,12 +114,12 @@ class Label(Conditioner):
         self.key, self.classes, self.dropout = key, classes, dropout
         self.table = nn.Embedding(classes + 1, width)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+    def forward(self, batch: Batch, generators: Generators | None = None) -> Cond:
         labels = torch.as_tensor(batch[self.key], device=self.table.weight.device)
         if labels.min() < 0 or labels.max() >= self.classes:
             raise ValueError(f"{self.key} has labels {labels.min()}..{labels.max()}; legal are 0..{self.classes - 1}")
         if self.training:
-            drop = torch.tensor(dropped(len(labels), self.dropout, generator), device=labels.device)
+            drop = torch.tensor(dropped(len(labels), self.dropout, generators), device=labels.device)
             labels = torch.where(drop, self.classes, labels)
         return Cond(vector=self.table(labels))
 
@@ -125,14 +143,14 @@ class Number(Conditioner):
         self.net = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.empty = nn.Parameter(torch.zeros(width))
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+    def forward(self, batch: Batch, generators: Generators | None = None) -> Cond:
         values = torch.as_tensor(batch[self.key], device=self.empty.device, dtype=torch.float32)
         if values.min() < self.low or values.max() > self.high:
             raise ValueError(f"{self.key} has {values.min():g}..{values.max():g}; legal is {self.low:g}..{self.high:g}")
         unit = (values - self.low) / (self.high - self.low)
         vector = self.net(sinusoid(unit, self.width, shortest=0.02, longest=4.0))
         if self.training:
-            drop = torch.tensor(dropped(len(vector), self.dropout, generator), device=vector.device)
+            drop = torch.tensor(dropped(len(vector), self.dropout, generators), device=vector.device)
             vector = torch.where(drop[:, None], self.empty, vector)
         return Cond(vector=vector)
 
@@ -162,15 +180,15 @@ class LowRes(Conditioner):
             raise ValueError(f"level={level} must lie in 0..noise={noise}, the range that training covers")
         self.degrade, self.noise, self.level = degrade, noise, level
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+    def forward(self, batch: Batch, generators: Generators | None = None) -> Cond:
         low = batch["low"] if "low" in batch else self.degrade.encode(batch["latents"])
         n = (low.shape[0],) + (1,) * (low.ndim - 1)
         if self.training:
-            level = self.noise * torch.rand(n, generator=generator).to(low)
+            level = self.noise * draw(torch.rand, n, generators).to(low)
         else:
             level = torch.full(n, self.level).to(low)
         # one field of noise for all calls of a sampling run, so that guidance compares like with like
-        noise = batch["low_noise"] if "low_noise" in batch else torch.randn(low.shape, generator=generator).to(low)
+        noise = batch["low_noise"] if "low_noise" in batch else draw(torch.randn, low.shape, generators).to(low)
         full = self.degrade.decode(low + level * noise)
         return Cond(concat=torch.cat([full, level.expand(-1, 1, *full.shape[2:])], dim=1))
 
@@ -202,7 +220,7 @@ class Hint(Conditioner):
                 raise ValueError(f"{name}={type(part).__name__} has parameters, which training would change")
         self.transform, self.key, self.shrink, self.spread = transform, key, shrink, tuple(spread)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
+    def forward(self, batch: Batch, generators: Generators | None = None) -> Cond:
         if self.key in batch:
             hint = batch[self.key]
         elif self.transform is None or "x" not in batch:
@@ -224,8 +242,8 @@ class Join(Conditioner):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Cond:
-        return self.joined([part(batch, generator) for part in self.parts])
+    def forward(self, batch: Batch, generators: Generators | None = None) -> Cond:
+        return self.joined([part(batch, generators) for part in self.parts])
 
     def null(self, batch: Batch) -> Cond:
         return self.joined([part.null(batch) for part in self.parts])  # type: ignore[operator]

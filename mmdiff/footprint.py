@@ -1,15 +1,12 @@
-"""What training by a config costs: parameters, operations, memory and time, measured in a few real steps on the CPU.
+"""What a training config is made of: parameters and operations, exact; and how to measure what training it takes.
 
-`mmdiff estimate` runs this file's `main` in a fresh process for each config, so that the peak of one is not another's.
+`mmdiff estimate` runs this file's `main` in a process of its own for each config, and then the rehearsal that it names.
 """
 
 import gc
 import json
 import logging
-import statistics
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,30 +24,28 @@ from .config import build, plain, read_config, trust_policy
 from .flops import count_flops
 from .io import save
 from .module import DiffusionModule
-from .resident import resident
+from .rehearsal import SECONDS, rehearsal
 
-STEPS = 4  # timed ones, after one that allocates and one that is counted
+ENCODED = 16  # clips of a LatentCache that a rehearsal encodes, so that its memory is that of encoding them all
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one config on this machine's CPU, in float32.
+    """Of one config.
 
     parameters: by part; their sum is all. trainable: of the sum. batch: shape of "x", or of its "latents".
-    training_gflop: of a training step of the whole batch, forward and backward, discriminators included.
+    batches: to an optimizer step.
+    training_gflop: of an optimizer step, forward and backward, discriminators included.
     sampling_gflop: of one call of the denoiser for one clip, or, for an autoencoder, of decoding one; else None.
-    peak_bytes: resident memory that training added at its peak: weights, gradients, optimizer, activations, batch.
-    step_s: median seconds of a training step, with the optimizer's, without the loading of data.
     """
 
     config: str
     parameters: dict[str, int]
     trainable: int
     batch: tuple[int, ...]
+    batches: int
     training_gflop: float
     sampling_gflop: float | None
-    peak_bytes: int
-    step_s: float
 
     @property
     def total(self) -> int:
@@ -70,24 +65,6 @@ class Repeat(Dataset[dict[str, Any]]):
         return self.batch
 
 
-class Watch(pl.Callback):
-    """Seconds of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.begin = 0.0
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.begin = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
-
-
 def layers(config: str) -> list[Path]:
     """The files of `A.yaml+B.yaml`, B over A as `mmdiff fit -c A.yaml -c B.yaml` reads them."""
     return [Path(config)] if Path(config).exists() else [Path(name) for name in config.split("+")]
@@ -98,31 +75,15 @@ def instantiate(
 ) -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, Any]]:
     """(module, data module, trainer's settings) of a training config, or of several: see `layers`.
 
-    batch_size: in the place of the config's. folder: where random weights may be put of an autoencoder that the config
-    names by a folder which is not there; neither operations nor memory depend on them.
+    batch_size, folder: see `changes`; without a folder nothing is changed for what is not there.
     Raises ValueError for a config that does not build, naming its place in it.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(pl.LightningModule, "model")
-    parser.add_subclass_arguments(pl.LightningDataModule, "data")
-    trainer: dict[str, Any] = {}
-    given: Any = None  # jsonargparse's Namespace
+    parser, given, trainer = parsed(config)
     try:
-        for path in layers(config):
-            tree = read_config(path)
-            if given is None:
-                check_whole(tree, path)
-            trainer |= tree.get("trainer") or {}
-            given = parser.parse_object({k: tree[k] for k in ("model", "data") if k in tree}, namespace=given)
-        arguments = given.data.get("init_args") or {}
-        if "num_workers" in arguments:
-            arguments["num_workers"] = 0  # one batch is read
-        if batch_size is not None:
-            if "batch_size" not in arguments:
-                raise ValueError(f"--batch-size {batch_size}: {given.data.class_path} has no argument batch_size")
-            arguments["batch_size"] = batch_size
-        if folder is not None:
-            stand_in(given.model, folder)
+        if changed := changes(given, batch_size, folder):
+            given = parser.parse_object(changed, namespace=given)
+        if "num_workers" in (given.data.get("init_args") or {}):
+            given.data.init_args.num_workers = 0  # one batch is read
         try:
             built = parser.instantiate(given)
         except ValueError as error:  # of a class that is built, with jsonargparse's words around
@@ -130,6 +91,56 @@ def instantiate(
     except ArgumentError as error:
         raise ValueError(f"{config}: {plain(error)}") from error
     return built.model, built.data, trainer
+
+
+def parsed(config: str) -> tuple[ArgumentParser, Any, dict[str, Any]]:
+    """(parser, jsonargparse's Namespace of model and data, trainer's settings) of a config, with nothing built."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningModule, "model")
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    trainer: dict[str, Any] = {}
+    given: Any = None
+    try:
+        for path in layers(config):
+            tree = read_config(path)
+            if given is None:
+                check_whole(tree, path)
+            trainer |= tree.get("trainer") or {}
+            given = parser.parse_object({k: tree[k] for k in ("model", "data") if k in tree}, namespace=given)
+    except ArgumentError as error:
+        raise ValueError(f"{config}: {plain(error)}") from error
+    return parser, given, trainer
+
+
+def changes(given: Any, batch_size: int | None, folder: Path | None) -> dict[str, Any]:
+    """What to set of a config's model and data besides what it says, as a config of differences.
+
+    given: of `parsed`. batch_size: in the place of the config's. folder: where random weights are put of an
+    autoencoder that the config names by a folder which is not there, on which neither operations nor memory depend,
+    and the few latents of a cache. With it, discriminators start at once. ValueError where the data has no batch size.
+    """
+    outer: Any = given.data.get("init_args") or {}
+    cached = "autoencoder" in outer and "data" in outer  # a LatentCache, around the data of the clips
+    clips = outer.data if cached else given.data
+    arguments = clips.get("init_args") or {}
+    own: dict[str, Any] = {}
+    if batch_size is not None:
+        if "batch_size" not in arguments:
+            raise ValueError(f"--batch-size {batch_size}: {clips.class_path} has no argument batch_size")
+        own["batch_size"] = batch_size
+    if folder is None:
+        return {"data": {"init_args": {"data": {"init_args": own}} if cached else own}} if own else {}
+    made, found = stand_in(given.model, folder), {"data": {"init_args": own}} if own else {}
+    model: dict[str, Any] = {} if made is None else {"autoencoder_weights": made}
+    if (given.model.get("init_args") or {}).get("adversarial") is not None:
+        model["adversarial"] = {"init_args": {"start": 0}}
+    if cached:
+        own["limit"] = arguments.get("limit") or max(ENCODED, batch_size or arguments.get("batch_size", 1))
+        encoder = outer.autoencoder if made is None or Path(outer.autoencoder).is_dir() else made
+        found = {"data": {"init_args": {
+            "data": {"init_args": own}, "autoencoder": encoder, "folder": str(folder / "latents")
+        }}}  # fmt: skip
+    return {**({"model": {"init_args": model}} if model else {}), **found}
 
 
 def check_whole(tree: Mapping[str, Any], path: Path) -> None:
@@ -144,14 +155,17 @@ def check_whole(tree: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def stand_in(model: Any, folder: Path) -> None:
-    """Untrained weights for the autoencoder that `autoencoder_weights` names, where that folder is not there."""
+def stand_in(model: Any, folder: Path) -> str | None:
+    """A folder of untrained weights in the place of `autoencoder_weights`, where that names none that is there."""
     arguments = model.get("init_args") or {}
     weights = arguments.get("autoencoder_weights")
     if weights is None or Path(weights).is_dir():
-        return
-    tree = arguments["model"]["init_args"]["autoencoder"].as_dict()
-    arguments["autoencoder_weights"] = str(save(build(tree), tree, folder / "autoencoder"))
+        return None
+    made = folder / "autoencoder"
+    if not made.is_dir():
+        tree = arguments["model"]["init_args"]["autoencoder"].as_dict()
+        save(build(tree), tree, made)
+    return str(made)
 
 
 def first_batch(data: pl.LightningDataModule, config: str) -> dict[str, Any]:
@@ -203,29 +217,22 @@ def sampling_flops(module: nn.Module, batch: Mapping[str, Any]) -> int | None:
     return None
 
 
-def measure(config: str, trusted: Sequence[str] = (), batch_size: int | None = None) -> Footprint:
-    """The footprint of a training config, from steps on the first batch of its data. Meant for a fresh process."""
+def measure(config: str, folder: Path, trusted: Sequence[str] = (), batch_size: int | None = None) -> Footprint:
+    """The footprint of a training config, from one step on the first batch of its data. folder: see `changes`."""
     trust_policy(trusted)
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        before = resident()
-        module, data, settings = instantiate(config, batch_size, Path(folder))
-        batch = first_batch(data, config)
-        if isinstance(module, AutoencoderModule) and module.adversarial is not None:
-            module.adversarial.start = 0  # what it costs when all of it runs
-        watch = Watch()
-        fit(module, batch, settings, STEPS + 1, [watch])
-        peak = resident(peak=True) - before
-        counted = count_flops(lambda: fit(module, batch, settings, 1))
+    module, data, settings = instantiate(config, batch_size, folder)
+    batch = first_batch(data, config)
+    counted = count_flops(lambda: fit(module, batch, settings, 1))
+    batches = (settings.get("accumulate_grad_batches") or 1) * getattr(module, "accumulate", 1)
+    flops = sampling_flops(module, batch)
     return Footprint(
         config=config,
         parameters=parts(module),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
         batch=tuple(batch["latents" if "latents" in batch else "x"].shape),
-        training_gflop=counted / 1e9,
-        sampling_gflop=None if (flops := sampling_flops(module, batch)) is None else flops / 1e9,
-        peak_bytes=peak,
-        step_s=statistics.median(watch.seconds[1:]),
+        batches=batches,
+        training_gflop=counted * batches / 1e9,
+        sampling_gflop=None if flops is None else flops / 1e9,
     )
 
 
@@ -247,16 +254,22 @@ def fit(
 
 
 def main(args: Sequence[str]) -> int:
-    """Prints the footprint of a config as a line of JSON, or a line of error: CONFIG BATCH_SIZE|- [PACKAGE ...]."""
-    config, batch_size, *trusted = args
+    """Prints the footprint of a config and the arguments of its rehearsal as a line of JSON, or a line of error.
+
+    args: CONFIG FOLDER BATCH_SIZE|- [PACKAGE ...].
+    """
+    config, name, size, *trusted = args
+    folder, batch_size = Path(name), None if size == "-" else int(size)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     try:
-        found = measure(config, trusted, None if batch_size == "-" else int(batch_size))
+        found = measure(config, folder, trusted, batch_size)
+        _, given, settings = parsed(config)
+        words = rehearsal(layers(config), settings, changes(given, batch_size, folder), folder, trusted)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
-    print(json.dumps(asdict(found)))
+    print(json.dumps({"found": asdict(found), "rehearsal": words, "seconds": str(folder / SECONDS)}))
     return 0
 
 

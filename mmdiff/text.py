@@ -52,7 +52,9 @@ class ByteTransformer(nn.Module):
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         split = [self.pieces(prompt) for prompt in prompts]
         known = {piece: i + 1 for i, piece in enumerate(sorted({piece for pieces in split for piece in pieces}))}
-        table = torch.cat([self.start[None], self.words(list(known))]) if known else self.start[None]
+        # Without any word, of one that nobody reads: a process whose prompts are all empty would else have no gradient
+        # for the words' weights, and those that train with it would wait for it for ever.
+        table = torch.cat([self.start[None], self.words(list(known) or [b"-"])])
         longest = 1 + max(len(pieces) for pieces in split)
         ids = torch.tensor([[0] + [known[p] for p in pieces] + [-1] * (longest - 1 - len(pieces)) for pieces in split])
         ids = ids.to(table.device)

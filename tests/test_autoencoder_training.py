@@ -231,7 +231,7 @@ def test_what_is_logged() -> None:
     module = AutoencoderModule(network(KL()), adversarial=adversarial(r1=1.0, features=1.0))
     run = fit(module)
     train = ("loss", "l1", "psnr", "kl", "adversarial", "adversarial_weight", "features", "discriminator", "r1")
-    norms = ("train/grad_norm", "train/discriminator_grad_norm")
+    norms = ("train/grad_norm", "train/discriminator_grad_norm", "train/clipped", "train/discriminator_clipped")
     val = ("val/loss", "val/l1", "val/psnr", "val/kl")
     assert {*(f"train/{name}" for name in train), *norms, *val} == set(run.callback_metrics)
     tested = run.test(module, loader(4), verbose=False)[0]

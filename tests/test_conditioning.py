@@ -21,8 +21,8 @@ class Lengths(nn.Module):
         return codes[..., None], mask, codes.amax(dim=1, keepdim=True)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generators(n: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(n * seed + i) for i in range(n)]
 
 
 CONDITIONERS: dict[str, tuple[Conditioner, dict[str, Any]]] = {
@@ -38,7 +38,7 @@ def test_conditions_are_dropped_at_the_rate_by_the_generator_alone(name: str) ->
     conditioner, batch = CONDITIONERS[name]
     conditioner.train()
     state = torch.get_rng_state()
-    first, again, other = (conditioner(batch, generator(s)).vector for s in (0, 0, 1))
+    first, again, other = (conditioner(batch, generators(2000, s)).vector for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -56,10 +56,20 @@ def test_conditions_are_dropped_at_the_rate_by_the_generator_alone(name: str) ->
 def test_dropout_at_its_ends(name: str, rate: float) -> None:
     conditioner, batch = CONDITIONERS[name]
     before, conditioner.dropout = conditioner.dropout, rate
-    found = conditioner.train()(batch, generator()).vector
+    found = conditioner.train()(batch, generators(2000)).vector
     expected = conditioner.null(batch).vector if rate else conditioner.eval()(batch).vector
     conditioner.dropout = before
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", CONDITIONERS)
+def test_what_is_dropped_of_an_item_does_not_depend_on_its_neighbours(name: str) -> None:
+    conditioner, batch = CONDITIONERS[name]
+    whole = conditioner.train()(batch, generators(2000)).vector
+    part = {key: values[700:900] for key, values in batch.items()}
+    assert torch.equal(conditioner(part, generators(2000)[700:900]).vector, whole[700:900])
+    with pytest.raises(ValueError, match="a batch of 200 needs as many generators, not 2000: one for each item"):
+        conditioner(part, generators(2000))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1])
@@ -86,7 +96,7 @@ def test_a_bare_string_is_no_batch_of_prompts() -> None:
 
 def test_text_trains_its_encoder() -> None:
     text = Text(ByteTransformer(8, 1, 2))
-    cond = text({"caption": ["a dog", "two cats"]}, generator())
+    cond = text({"caption": ["a dog", "two cats"]}, generators(2))
     (cond.vector.square().sum() + cond.tokens[..., 0].sum()).backward()
     assert all(p.grad is not None and p.grad.count_nonzero() for p in text.parameters() if p.ndim > 1)
 
@@ -123,9 +133,9 @@ def test_low_resolution_keeps_the_known_frames_and_tells_the_noise() -> None:
     assert torch.equal(concat[:, :1, ::3], x[:, :, ::3])
     assert concat[:, 1].count_nonzero() == 0
     low_res.level = 0.25
-    noisy = low_res({"latents": x}, generator()).concat
+    noisy = low_res({"latents": x}, generators(2)).concat
     assert (noisy[:, 1] == 0.25).all()
-    noise = torch.randn(2, 1, 2, 4, generator=generator())
+    noise = torch.stack([torch.randn(1, 2, 4, generator=generator) for generator in generators(2)])
     torch.testing.assert_close(noisy[:, :1, ::3], x[:, :, ::3] + 0.25 * noise)
 
 
@@ -133,9 +143,9 @@ def test_low_resolution_in_training_draws_each_items_level_from_the_generator() 
     low_res = LowRes(Pool([2, 2]), noise=0.4).train()
     batch = {"latents": torch.zeros(500, 1, 4, 4)}
     state = torch.get_rng_state()
-    concat = low_res(batch, generator()).concat
+    concat = low_res(batch, generators(500)).concat
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(concat, low_res(batch, generator()).concat)
+    assert torch.equal(concat, low_res(batch, generators(500)).concat)
     level = concat[:, 1]
     assert torch.equal(level, level[:, :1, :1].expand_as(level))
     assert 0.18 < level.mean() < 0.22

@@ -20,7 +20,7 @@ from mmdiff.sampling import seeded_noise
 from video.files import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "overfit" not in path.parts]
 TRAINED = [path for path in CONFIGS if "model" in read_config(path)]  # the others are cascades, or data alone
 CASCADES = [path for path in CONFIGS if path.stem.endswith("_cascade")]
 VARIANTS = {  # what holds only differences, and from what

@@ -1,6 +1,7 @@
-"""Clips in TensorBoard, as pictures that move."""
+"""Clips in files that play, and in TensorBoard as pictures that move."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from mmdiff.callbacks.samples import Show
 
+from .files import write_video
+
 
 class ShowVideo(Show):
-    """Logs clips (N, 3, T, H, W) in [-1, 1] side by side as one animated GIF, which TensorBoard plays in its image tab.
+    """Clips (N, 3, T, H, W) in [-1, 1]: an mp4 of each, and in TensorBoard, which plays GIF, all side by side as one.
 
     `SummaryWriter.add_video` is not used: with current moviepy it drops the video silently.
     """
@@ -29,3 +32,8 @@ class ShowVideo(Show):
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
         experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
         experiment.add_text(f"{tag}/captions", "\n\n".join(captions), step)
+
+    def files(self, stem: Path, clip: Tensor, rate: float) -> list[Path]:
+        path = stem.with_name(f"{stem.name}.mp4")
+        write_video(path, clip.float().clamp(-1, 1).cpu(), rate)
+        return [path]

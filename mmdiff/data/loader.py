@@ -4,6 +4,10 @@ The state is the epoch and the number of batches given, because every random cho
 item): workers, prefetching and the number of them leave no trace.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -16,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from mmdiff.data.bad import BadItems
 from mmdiff.data.batches import Plan
 from mmdiff.data.items import Problem
+from mmdiff.exits import ProcessError
 
 if TYPE_CHECKING:
     from mmdiff.data.clips import ClipDataset
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 Index = tuple[int, int]  # (epoch, place): the epoch travels along, as persistent workers hold the data set of the first
 
 
-class WorkerError(ChildProcessError):
+class WorkerError(ProcessError):
     """A process that makes batches ended or hung; the message names the items it was at and the cure."""
 
 
@@ -88,6 +93,7 @@ class ClipLoader:
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
             timeout=timeout_s if num_workers else 0,
+            worker_init_fn=_heed_the_parent_alone,
             generator=torch.Generator().manual_seed(0),  # torch draws a seed for the workers: not from the global one
         )
         self.position = 0
@@ -182,6 +188,26 @@ class ClipLoader:
                 f"ended; its own message says why ({str(error).splitlines()[0]})"
             ) from error
         return bool(counts[1])
+
+
+def _heed_the_parent_alone(worker: int) -> None:
+    """Lets a worker go on where a signal to stop comes from anyone else: the main process needs it to end its step.
+
+    A cluster sends SIGTERM, and a terminal Ctrl-C, to all processes of a job at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()  # not os.getppid(), which may be a server that forks for it
+    if parent is not None and hasattr(signal, "sigtimedwait"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """Ends this process when the parent says so, or is no more."""
+    while True:
+        told = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+        if told.si_pid == parent.pid if told is not None else not parent.is_alive():
+            os._exit(0)
 
 
 class _Watched(Dataset[Any]):

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 
 from mmdiff.data.clips import ClipDataModule, collate
 from mmdiff.data.items import Problem
-from mmdiff.footprint import Watch, fit, instantiate
+from mmdiff.footprint import fit, instantiate
 from mmdiff.io import trust_policy
+from mmdiff.rehearsal import Watch
 
 _STEPS = 4
 

@@ -103,14 +103,16 @@ class Ray(Engine):
     On a cluster the source and the output folder must be on a disk that all machines share. Our own cluster has no
     dashboard and asks for a token, made anew for each process: Ray's servers listen on all addresses of a machine, and
     no option of Ray 2.60 keeps them to the loopback. Lost workers and machines are replaced, their jobs redone.
+    gpus: of each worker, which sees no others; a fraction shares one.
     """
 
     workers: int = 1
     address: str | None = None
+    gpus: float = 0.0
 
     @contextmanager
     def opened(self) -> Iterator[Run]:
-        with _cluster(self.workers, self.address) as ray:
+        with _cluster(self.workers, self.address, self.gpus > 0) as ray:
             yield functools.partial(self._run, ray)
 
     def _run(self, ray: Any, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
@@ -122,7 +124,8 @@ class Ray(Engine):
         shared = ray.put(list(jobs))
         rows = ray.data.from_items(together, override_num_blocks=len(together))
         pool = ray.data.TaskPoolStrategy(size=self.workers)
-        done = rows.map(functools.partial(_ray_row, shared), num_cpus=1, compute=pool)  # Ray Data retries for ever
+        # Ray Data retries for ever.
+        done = rows.map(functools.partial(_ray_row, shared), num_cpus=1, num_gpus=self.gpus or None, compute=pool)
         for row in done.iter_rows():
             yield from zip(row["places"], row["results"], strict=True)
 
@@ -135,7 +138,7 @@ def _ray_row(shared: Any, row: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _cluster(workers: int, address: str | None) -> Iterator[Any]:
+def _cluster(workers: int, address: str | None, gpus: bool) -> Iterator[Any]:
     """The module ray, connected. Raises ImportError naming the extra, ValueError where no cluster answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve the workers, which are all that works
@@ -152,7 +155,8 @@ def _cluster(workers: int, address: str | None) -> Iterator[Any]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines would run through our progress bar
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
-        settings |= {"address": "local", "num_cpus": workers, "num_gpus": 0, "include_dashboard": False}
+        settings |= {"address": "local", "num_cpus": workers, "include_dashboard": False}
+        settings |= {} if gpus else {"num_gpus": 0}
     else:
         settings |= {"address": address}
     try:
