@@ -93,12 +93,18 @@ def module_of(kind: str) -> pl.LightningModule:
 
 
 def trained(
-    kind: str, data: Path, root: Path, options: dict[str, Any], ckpt: Path | None = None, saves: tuple[Any, ...] = ()
+    kind: str,
+    data: Path,
+    root: Path,
+    options: dict[str, Any],
+    ckpt: Path | None = None,
+    saves: tuple[Any, ...] = (),
+    steps: int = STEPS,
 ) -> tuple[dict[str, Any], list[tuple[int, str, float]]]:
     """The final state, and what was logged."""
     recorded, ema = Recorded(), EMA(0.9)
     trainer = pl.Trainer(
-        max_steps=STEPS, accelerator="cpu", logger=False, default_root_dir=root, enable_progress_bar=False,
+        max_steps=steps, accelerator="cpu", logger=False, default_root_dir=root, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=1, plugins=[AtomicCheckpointIO()], log_every_n_steps=1,
         callbacks=[FiniteSteps(), ExactResume(), ema, recorded, *(saves or (Checkpoints(),))], **options,
     )  # fmt: skip
@@ -149,6 +155,19 @@ def check_all_checkpoints(kind: str, moment: str, tmp_path: Path, every: int) ->
             again |= {"counts": whole["counts"], "random": whole["random"]}
         assert_same(again, whole, where)
         assert later == rows[len(rows) - len(later) :], where
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4], ids=lambda steps: f"{steps}-steps")
+def test_a_finished_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path, steps: int) -> None:
+    """In the middle of an epoch of five batches, and, at 2 and 4 steps, at a validation."""
+    options = MOMENTS["validation in the epoch"]
+    data = write_numbers(tmp_path / "data", [str(n) for n in range(7)])
+    whole, rows = trained("diffusion", data, tmp_path / "whole", options)
+    trained("diffusion", data, tmp_path / "short", options, steps=steps)
+    (last,) = (tmp_path / "short").rglob(f"resume-{steps}.ckpt")
+    longer, later = trained("diffusion", data, tmp_path / "longer", options, ckpt=last)
+    assert_same(longer, whole, f"after {steps} steps")
+    assert later == rows[len(rows) - len(later) :]
 
 
 QUICK = [

@@ -117,7 +117,8 @@ class Checkpoints(Checkpoint):
 
     def _decide(self, trainer: pl.Trainer) -> None:
         """Whether to stop and whether to save, the same in all processes; the first one's clock counts."""
-        due = self.steps is not None and self.step - self.saved >= self.steps
+        # Not in on_train_end: by then the epoch counts as done, and a run that is made longer would begin the next.
+        due = self._at_end(trainer) or (self.steps is not None and self.step - self.saved >= self.steps)
         if self.minutes is not None and trainer.is_global_zero:
             due |= time.monotonic() - self.saved_s >= 60 * self.minutes
         asked = torch.tensor([self.signals.received, int(due)], device=trainer.strategy.root_device)
