@@ -81,7 +81,7 @@ def step(trained: DiffusionModule, found: Iterator[dict[str, Any]], device: torc
     def work() -> None:
         batch = next(found)
         moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        trained.loss(moved, (0, 0, 0)).backward()
+        trained.losses(moved, (0, 0, 0))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -190,9 +190,9 @@ def test_a_model_with_other_weights_than_the_latents_refuses_them(films: Path, t
     module = opened(cache(video(films), tmp_path / "model0", tmp_path / "cache"))
     good, other = (diffusion(tmp_path / f"model{seed}") for seed in (0, 1))
     batch = batches(module)[0]
-    assert torch.isfinite(good.loss(batch, (0, 0, 0)))
+    assert torch.isfinite(good.losses(batch, (0, 0, 0))["loss"])
     with pytest.raises(ValueError, match=r"latents of the autoencoder \w{12}, the model's is \w{12}: give"):
-        other.loss(batch, (0, 0, 0))
+        other.losses(batch, (0, 0, 0))
 
 
 def test_an_autoencoder_that_is_trained_on_between_opening_and_encoding_is_refused(films: Path, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_training_and_sampling_shift_sigma_by_the_same_factor() -> None:
 
     levels = []
     for law in (Shifted(LogNormal(), ResolutionShift(18)), LogNormal()):
-        DiffusionModule(model, law).loss({"x": torch.zeros(5, *shape)}, (0, 0, 0))
+        DiffusionModule(model, law).losses({"x": torch.zeros(5, *shape)}, (0, 0, 0))
         levels.append(seen())
     torch.testing.assert_close(levels[0], expected * levels[1], rtol=1e-5, atol=0)
     model.eval()
@@ -316,7 +316,7 @@ def test_training_multiplies_the_loss_by_the_weight() -> None:
 
     truth = expected(LogNormal())
     for law in (LogNormal(), often):
-        loss = DiffusionModule(model, Stratified(law)).loss(data, (0, 0, 0)).item()
+        loss = DiffusionModule(model, Stratified(law)).losses(data, (0, 0, 0))["loss"].item()
         assert loss == pytest.approx(truth, abs=0.04)  # 4 standard errors of 40 000 squared normals, weighted
     assert expected(often) > truth + 0.1
 
