@@ -143,6 +143,7 @@ def fit(
     run = pl.Trainer(**{**quiet, **settings}, callbacks=[*callbacks, doctor])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", ".*is left out, it failed")
         if isinstance(source, pl.LightningDataModule):
             run.fit(training, datamodule=source)
         else:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from mmdiff.callbacks import EMA, Doctor
+from mmdiff.doctor.check import Check, Run
 from mmdiff.preflight import main
 from tests.doctor_cases import KINDS, data, every_check, expect, fit, module, reconstruction
 
@@ -77,6 +78,19 @@ def test_a_resumed_run_keeps_what_was_found_and_finds_it_no_second_time(tmp_path
 def test_what_is_meant_so_can_be_left_out() -> None:
     doctor = Doctor(every_check(), without=["learning rate too low"])
     expect(fit(module("video", lr=1e-5), data("video"), 12, doctor=doctor))
+
+
+def test_a_check_that_fails_is_left_out_and_the_training_goes_on() -> None:
+    class Broken(Check):
+        def batch(self, run: Run, batch: Any) -> Any:
+            raise RuntimeError("no such\nreader")
+
+    doctor = Doctor([Broken(), *every_check()])
+    run = trainer(max_steps=10, callbacks=[doctor])
+    with pytest.warns(UserWarning, match=r"doctor: Broken is left out, it failed \(RuntimeError: no such reader\)"):
+        run.fit(module("video", dropout=1.0), datamodule=data("video"))
+    assert run.global_step == 10
+    expect(doctor, "conditions all dropped")
 
 
 def test_every_finding_has_its_section_and_every_section_its_finding() -> None:

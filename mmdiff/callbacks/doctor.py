@@ -53,29 +53,36 @@ class Doctor(pl.Callback):
         config = saved[0].config.as_dict() if saved else self.config
         self.run = Run(trainer, pl_module, config, trainer.global_step)
         self._write()
-        for check in self.checks:
-            self._note(check.begin(self.run))
+        self._ask(Check.begin.__name__)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.run is not None:
-            for check in self.checks:
-                self._note(check.batch(self.run, _mapping(batch)))
+        self._ask(Check.batch.__name__, _mapping(batch))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self.run is not None:
-            for check in self.checks:
-                self._note(check.gradients(self.run, optimizer))
+        self._ask(Check.gradients.__name__, optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.run is not None:
-            for check in self.checks:
-                self._note(check.step(self.run))
+        self._ask(Check.step.__name__)
+
+    def _ask(self, hook: str, *seen: Any) -> None:
+        """One hook of all checks. One that fails is left out from then on: its fault must not end a training."""
+        if self.run is None:
+            return
+        for check in list(self.checks):
+            try:
+                findings = list(getattr(check, hook)(self.run, *seen))
+            except Exception as error:
+                self.checks.remove(check)
+                kind, line = type(error).__name__, " ".join(str(error).split())
+                warnings.warn(f"doctor: {type(check).__name__} is left out, it failed ({kind}: {line})", stacklevel=2)
+            else:
+                self._note(findings)
 
     def _note(self, findings: Iterable[Finding]) -> None:
         """Keeps what is new; a name comes once."""
