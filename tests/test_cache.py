@@ -246,7 +246,7 @@ def test_a_run_of_several_processes_shares_the_clips_out(films: Path, tmp_path: 
     assert not set(keys[0]) & set(keys[1])
 
 
-def test_an_entry_is_not_only_read_by_the_library_that_wrote_it_but_checked(tmp_path: Path) -> None:
+def test_an_entry_is_not_only_read_by_safetensors_but_checked(tmp_path: Path) -> None:
     """safetensors alone takes an entry whose bytes were changed, and one that another program wrote."""
     store = Entries(tmp_path, {"a": "b"})
     store.open()

@@ -165,7 +165,7 @@ def test_a_damaged_entry_is_made_again_or_refused(films: Path, tmp_path: Path, f
 def test_what_no_name_can_hold_is_noticed_by_making_an_entry_again(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder that has changed its ways under the same settings, as another version of a library may."""
+    """A decoder that has changed its ways under the same settings, as another version of PyAV may."""
     exported(tmp_path / "model")
     opened(cache(video(films), tmp_path / "model", tmp_path / "cache"))
     opened(cache(video(films), tmp_path / "model", tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face library: a folder of `save_to_disk`, or `hf://OWNER/NAME` from the hub."""
+"""Datasets of Hugging Face `datasets`: a folder of `save_to_disk`, or `hf://OWNER/NAME` from the hub."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def from_hub(path: str) -> Found:
             loaded = datasets.load_dataset(f"{owner}/{name}", *config)
         else:
             loaded = datasets.load_from_disk(path)
-    except Exception as error:  # the library has no base class of its errors
+    except Exception as error:  # `datasets` has no base class of its errors
         raise ValueError(f"path={path!r}: the package datasets cannot load it ({error}); check the name") from error
     parts = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     found: Found = {}
