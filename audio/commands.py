@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdiff.edit_options import Media, add_options
-from mmdiff.generate import parser, run
+from mmdiff.generate import Asked, parser, run
+from mmdiff.stage_options import add_stops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +23,13 @@ def txt2audio(args: list[str]) -> int:
     options = parser("txt2audio", txt2audio.__doc__ or "", SHIPPED)
     options.add_argument("--format", choices=("wav", "flac"), default="wav", help="of the files (default: wav)")
     add_options(options, "START:END in seconds, several with commas, or a sound that is loud where it is new")
+    add_stops(options)
     given = options.parse_args(args)
 
-    def length(cascade: "Cascade") -> int:
-        return cascade.shape[1] if given.duration is None else round(given.duration * cascade.rate)
+    def ask(cascade: "Cascade") -> Asked:
+        return Asked(cascade, cascade.shape[1] if given.duration is None else round(given.duration * cascade.rate))
 
-    return run(given, functools.partial(write, suffix=given.format), length, AudioFiles())
+    return run(given, functools.partial(write, suffix=given.format), ask, AudioFiles())
 
 
 def write(stem: Path, clip: "Clip", preview: bool, suffix: str = "wav") -> list[Path]:

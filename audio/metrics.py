@@ -17,11 +17,10 @@ from audio.data import ClipDataModule
 from audio.files import write_audio
 from audio.mel import FLOOR, Mel
 from mmdiff.cascade import Clip
-from mmdiff.data.clips import ClipDataset
-from mmdiff.evaluate import Task
 from mmdiff.readers import Reader, Recipe
+from mmdiff.tasks import Splits, Task
 
-SAMPLE_RATE, SAMPLES = 8000, 8192
+SAMPLE_RATE = 8000
 
 
 class SpeechReader(Reader):
@@ -37,9 +36,8 @@ class SpeechReader(Reader):
             *_conv(64, 96),  # (B, 96, T' / 16, F / 16)
             nn.AdaptiveAvgPool2d((2, 4)),
             nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(96 * 8, sum(self.sizes)),
         )
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(96 * 8, sum(self.sizes)))
 
     def reduce(self, x: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[1] != 1:
@@ -67,8 +65,11 @@ class SpeechReader(Reader):
         magnitude = (magnitude.square() + 10 ** (-10 + 5 * draw()) * power).sqrt().clamp(min=FLOOR)
         return (magnitude.log10() - self.mel.mean) / self.mel.std
 
-    def forward(self, kept: Tensor) -> Tensor:
+    def features(self, kept: Tensor) -> Tensor:
         return self.net(kept)
+
+    def forward(self, kept: Tensor) -> Tensor:
+        return self.head(self.features(kept))
 
 
 def _conv(inner: int, outer: int) -> tuple[nn.Module, ...]:
@@ -90,8 +91,8 @@ def digits() -> Task:
     )
 
 
-def _splits(path: str) -> tuple[ClipDataset, ClipDataset]:
-    data = ClipDataModule(path, sample_rate=SAMPLE_RATE, samples=SAMPLES, short="pad")
+def _splits(path: str, shape: tuple[int, ...], rate: float) -> Splits:
+    data = ClipDataModule(path, sample_rate=SAMPLE_RATE, samples=shape[1], short="pad")
     data.setup()
     return data.datasets["train"], data.datasets["val"]
 

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from audio.mel import Mel
 from mmdiff import evaluate
+from mmdiff.accuracy import score
 from mmdiff.data.clips import ClipDataset
 from mmdiff.distance import GROUPS, RandomFeatures, frechet_distance, measure
-from mmdiff.evaluate import Prompt, Task
 from mmdiff.pipeline import load_pipeline
 from mmdiff.readers import Labels, Reader, labels_of, read
 from mmdiff.sampling import seeded_noise
+from mmdiff.tasks import Prompt, Task, balanced_prompts
 
 BATCH = 10
 
@@ -40,19 +41,20 @@ def main(args: list[str]) -> int:
     if given.name not in found:
         raise ValueError(f"{given.name!r} is not an evaluation; there are {', '.join(sorted(found))}")
     task: Task = found[given.name].load()()
-    train, val = task.splits(given.data or task.data)
-    reader, _ = evaluate.reader_for(task, train, given.seed, given.reader)
-    prompts = evaluate.balanced_prompts(task, val, given.count, given.seed)
+    first = load_pipeline(given.pipelines[0])
+    train, val = task.splits(given.data or task.data or "", tuple(first.shape), first.rate)
+    reader = evaluate.reader_for(task, train, given.seed, given.reader).reader
+    prompts = balanced_prompts(task, val, given.count, given.seed)
     questions = [*task.attributes] + (
         ["both" if len(task.attributes) == 2 else "all"] if len(task.attributes) > 1 else []
     )
     rows = [["pipeline", *(f"{name} %" for name in questions), "Frechet distance", "s/clip"]]
     real = clips(val, given.count)
     shown, truth = clips(train, given.count), labels(train, given.count, task)
-    rows.append(["real", *shares(truth, answers(reader, shown)), distance(real, shown), ""])
+    rows.append(["real", *shares(truth, answers(task, reader, shown, first.rate)), distance(real, shown), ""])
     for folder in given.pipelines:
         made, seconds = generate(folder, prompts)
-        read_out = answers(reader, made)
+        read_out = answers(task, reader, made, first.rate)
         rows.append(
             [folder.name, *shares([p.labels for p in prompts], read_out), distance(real, made), f"{seconds:.2f}"]
         )
@@ -86,13 +88,15 @@ def labels(dataset: ClipDataset, count: int, task: Task) -> list[Labels]:
     return [labels_of(item.meta, task.attributes) for item in dataset.items[:count]]
 
 
-def answers(reader: Reader, made: Tensor) -> list[Labels]:
+def answers(task: Task, reader: Reader, made: Tensor, rate: float) -> list[Labels]:
+    if task.measured is not None:
+        return task.measured(made, rate)
     return read(reader, torch.cat([reader.reduce(part).half() for part in made.split(BATCH)]))
 
 
 def shares(wanted: list[Labels], found: list[Labels]) -> list[str]:
     """Of each attribute, then of all together, in per cent with the 95 % interval."""
-    scores = evaluate.score(wanted, found).values()
+    scores = score(wanted, found).values()
     return [
         f"{100 * row['accuracy']:.0f} ({100 * row['interval'][0]:.0f} to {100 * row['interval'][1]:.0f})"
         for row in scores

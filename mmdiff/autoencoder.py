@@ -5,7 +5,7 @@ B batch, C channels, T time, `*axes` T and what follows it.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,12 @@ class Autoencoder(nn.Module, ABC):
     """encode: data (B, C, *axes) -> latents (B, latent_channels, *axes / factors) of about unit variance; decode: back.
 
     latent_channels: C of the latents, or None for "as the data's". factors: by what each axis is divided, time first.
+    every: the latents are every so many-th time step of the data, from the first on, as it was; None if they are not.
     """
 
     latent_channels: int | None = None
     factors: tuple[int, ...] = (1,)
+    every: int | None = None
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(C, *axes) of the latents of data (C, *axes). Raises ValueError for sizes that the factors do not divide."""
@@ -49,9 +51,18 @@ class Autoencoder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor: ...
 
+    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What `decode` makes of the joined `pieces` (B, latent_channels, any number of steps, ...), in order.
+
+        Autoencoders that need not see all of a clip at once give it out as it gets ready; others, like this, at once.
+        """
+        yield self.decode(torch.cat([*pieces], dim=2))
+
 
 class Identity(Autoencoder):
     """Latents are the data."""
+
+    every = 1
 
     def encode(self, x: Tensor) -> Tensor:
         return x
@@ -87,7 +98,7 @@ class Subsample(Autoencoder):
         super().__init__()
         if factor < 1:
             raise ValueError(f"factor={factor} must be 1 or more")
-        self.factors = (factor,)
+        self.factors, self.every = (factor,), factor
 
     def encode(self, x: Tensor) -> Tensor:
         check_sizes(x.shape[2:3], self.factors)
@@ -115,6 +126,8 @@ class Chain(Autoencoder):
         axes = max(len(part.factors) for part in parts)
         padded = [part.factors + (1,) * (axes - len(part.factors)) for part in parts]
         self.factors = tuple(math.prod(f) for f in zip(*padded, strict=True))
+        steps = [part.every for part in parts if part.every is not None]
+        self.every = math.prod(steps) if len(steps) == len(parts) else None
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         for part in self.parts:
@@ -135,6 +148,11 @@ class Chain(Autoencoder):
         for part in reversed(self.parts):
             z = part.decode(z)  # type: ignore[operator]
         return z
+
+    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        for part in reversed(self.parts):
+            pieces = part.decode_stream(pieces)  # type: ignore[operator]
+        return iter(pieces)
 
 
 @dataclass(frozen=True)

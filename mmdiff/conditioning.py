@@ -4,6 +4,7 @@ B batch, L tokens, D width, C channels. Condition dropout, which classifier-free
 happens here and nowhere else.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,16 @@ class Cond:
 
     tokens (B, L, D) is cross-attended, mask (B, L) bool says to which tokens (True = attend), vector (B, D) joins the
     noise embedding, concat (B, C', *axes) is concatenated to x.
+    known (B, 1, *axes) bool says what of x the condition already shows: it counts in no loss. mean (B, C, *axes) is
+    what x is expected around: the denoiser works on the difference. Backbones read neither.
     """
 
     tokens: Tensor | None = None
     mask: Tensor | None = None
     vector: Tensor | None = None
     concat: Tensor | None = None
+    known: Tensor | None = None
+    mean: Tensor | None = None
 
 
 register_dataclass(Cond)  # FSDP2 looks for tensors in what modules take and return, and finds none in unknown classes
@@ -168,9 +173,15 @@ class LowRes(Conditioner):
     Noise of standard deviation uniform in [0, `noise`] is added to the low clip in training and its level is told to
     the backbone, so that faults of the stage before do no harm (Ho et al. 2021, sec. 4.2); `level` is what sampling
     adds. The level is one more channel of concat.
+
+    residual: whether what is generated is the difference from the low clip at full size, which is small where that is
+    nearly right; `sigma_data` is then the difference's deviation (SRDiff, Li et al. 2022, arXiv 2104.14951).
+
+    Steps that are the low clip's own (`Autoencoder.every`, as `Subsample` has them) come back exactly in sampling, so
+    they count in no loss: temporal interpolation learns what lies between.
     """
 
-    def __init__(self, degrade: Autoencoder, noise: float = 0.2, level: float = 0.05) -> None:
+    def __init__(self, degrade: Autoencoder, noise: float = 0.2, level: float = 0.05, residual: bool = False) -> None:
         super().__init__()
         if any(True for _ in degrade.parameters()):
             raise ValueError(
@@ -178,7 +189,7 @@ class LowRes(Conditioner):
             )
         if not 0 <= level <= noise:
             raise ValueError(f"level={level} must lie in 0..noise={noise}, the range that training covers")
-        self.degrade, self.noise, self.level = degrade, noise, level
+        self.degrade, self.noise, self.level, self.residual = degrade, noise, level, residual
 
     def forward(self, batch: Batch, generators: Generators | None = None) -> Cond:
         low = batch["low"] if "low" in batch else self.degrade.encode(batch["latents"])
@@ -190,7 +201,12 @@ class LowRes(Conditioner):
         # one field of noise for all calls of a sampling run, so that guidance compares like with like
         noise = batch["low_noise"] if "low_noise" in batch else draw(torch.randn, low.shape, generators).to(low)
         full = self.degrade.decode(low + level * noise)
-        return Cond(concat=torch.cat([full, level.expand(-1, 1, *full.shape[2:])], dim=1))
+        known = None
+        if self.degrade.every is not None and self.degrade.every > 1:
+            own = torch.arange(full.shape[2], device=full.device) % self.degrade.every == 0
+            known = own.view(1, 1, -1, *(1,) * (full.ndim - 3)).expand(len(full), 1, *full.shape[2:])
+        mean = self.degrade.decode(low) if self.residual else None  # without noise, which the result would keep
+        return Cond(concat=torch.cat([full, level.expand(-1, 1, *full.shape[2:])], dim=1), known=known, mean=mean)
 
     def null(self, batch: Batch) -> Cond:
         return self(batch)
@@ -259,9 +275,12 @@ class Join(Conditioner):
             given = [s for s in slots if s is not None]
             return torch.cat(given, dim=1) if given else None
 
+        known = [c.known for c in conds if c.known is not None]
         return Cond(
             tokens=join([c.tokens for c in conds]),
             mask=torch.cat(masks, dim=1) if masks else None,
             vector=join([c.vector for c in conds]),
             concat=join([c.concat for c in conds]),
+            known=functools.reduce(torch.logical_or, known) if known else None,
+            mean=next((c.mean for c in conds if c.mean is not None), None),
         )

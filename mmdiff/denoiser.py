@@ -21,13 +21,13 @@ class Errors(NamedTuple):
     share: Tensor  # of an item's elements that count, how many have this level; an item's sum is 1, or 0 if none counts
     extra: Tensor  # what the backbone gives beyond C channels, (B, C', T, ...); C' is 0 for most
     counts: Tensor  # bool, broadcasts to x: neither known nor masked
-    parts: tuple[Tensor, Tensor, Tensor, Tensor]  # c_skip and x, c_out and prediction, each broadcasting to x
+    parts: tuple[Tensor, ...]  # c_skip and x, c_out and prediction, each broadcasting to x; and what x is around
 
     @property
     def estimate(self) -> Tensor:
         """D(x, sigma), (B, C, T, ...)."""
-        c_skip, x, c_out, prediction = self.parts
-        return c_skip * x + c_out * prediction
+        c_skip, x, c_out, prediction, mean = self.parts
+        return mean + c_skip * x + c_out * prediction
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values (B, C, T, ...) over what counts at each level, of error's shape; 0 where nothing does."""
@@ -43,7 +43,8 @@ class Denoiser(nn.Module):
     """D(x, sigma) = c_skip * x + c_out * backbone(c_in * x, c_noise, cond) (Karras et al. 2022, eq. 7).
 
     The backbone sees c_in * x and the condition in the type of its own weights, so it may be of half precision; all
-    else, c_noise too, is float32, or float64 where x is.
+    else, c_noise too, is float32, or float64 where x is. Where the condition has a mean, x - mean and x0 - mean stand
+    in the place of x and x0: the network denoises the residual alone (SRDiff, Li et al. 2022, arXiv 2104.14951).
     """
 
     def __init__(self, backbone: nn.Module, precond: Precond) -> None:
@@ -67,8 +68,10 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
         x, sigma = _at_least_float32(x), sigma.to(x.device)
+        mean = _mean(cond, x)
+        x = x - mean
         c_skip, c_out, *_ = self.precond(sigma)
-        return expand_like(c_skip, x) * x + expand_like(c_out, x) * self.network(x, sigma, cond)[0]
+        return mean + expand_like(c_skip, x) * x + expand_like(c_out, x) * self.network(x, sigma, cond)[0]
 
     def errors(
         self,
@@ -87,6 +90,8 @@ class Denoiser(nn.Module):
         What is known or masked is in no mean. Raises ValueError where nothing of the batch is left.
         """
         x0, distance = _at_least_float32(x0), distance or MSE()
+        mean = _mean(cond, x0)
+        x0 = x0 - mean
         sigma = sigma.expand(len(x0)) if sigma.ndim == 0 else sigma
         counts = expand_like(sigma > 0, x0)  # not of x0's size: most batches have no mask
         if mask is not None:
@@ -101,7 +106,7 @@ class Denoiser(nn.Module):
         target = target / expand_like(torch.where(sigma > 0, c_out, 1), x0)
         here = _number(counts, x0, sigma.ndim)
         share = here / here.sum(-1, keepdim=True).clamp(min=1) if sigma.ndim == 2 else here > 0
-        parts = (expand_like(c_skip, x0), x, expand_like(c_out, x0), prediction)
+        parts = (expand_like(c_skip, x0), x, expand_like(c_out, x0), prediction, mean)
         errors = Errors(torch.empty(0), share.to(sigma.dtype), extra, counts, parts)
         return errors._replace(error=distance.whole(errors.mean(distance.element(prediction - target))))
 
@@ -146,6 +151,11 @@ def _number(counts: Tensor, x: Tensor, levels: int) -> Tensor:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mean(cond: Cond | None, x: Tensor) -> Tensor:
+    """What x is around: the condition's mean, or 0."""
+    return x.new_zeros(()) if cond is None or cond.mean is None else cond.mean.to(x)
 
 
 def _cast(cond: Cond, dtype: torch.dtype) -> Cond:

@@ -5,6 +5,7 @@ N clips, D features, B batch, C channels, `*axes` T and what follows it.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -136,7 +137,19 @@ def _at_infinity(distance: Distance, a: Tensor, b: Tensor, seed: int) -> float:
     return float(y.mean() - slope * x.mean())
 
 
-class RandomFeatures(nn.Module):
+class Extractor(nn.Module, ABC):
+    """Features in which clips are compared: (B, C, T, ...) in [-1, 1] -> (B, D). `mmdiff eval --features` takes one."""
+
+    @property
+    @abstractmethod
+    def protocol(self) -> str:
+        """All of it that decides a distance: what it is, which weights, what it makes of size, length and rate."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class RandomFeatures(Extractor):
     """Means over space and time of a convolutional network with random weights: (B, C, *axes) -> (B, 7 * width).
 
     They see edges, colours, texture and motion, and nothing that must be learnt; a yardstick for recipes on the same
@@ -149,10 +162,15 @@ class RandomFeatures(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.axes = axes
+        self.seed = seed
         sizes = [channels, width, 2 * width, 4 * width]
         for level, (c_in, c_out) in enumerate(itertools.pairwise(sizes)):
             weight = torch.randn(c_out, c_in, *[3] * axes, generator=generator) * math.sqrt(2 / (c_in * 3**axes))
             self.register_buffer(f"weight{level}", weight)
+
+    @property
+    def protocol(self) -> str:
+        return f"random features, seed {self.seed}"
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

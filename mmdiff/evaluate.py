@@ -1,4 +1,4 @@
-"""`mmdiff eval`: do generated clips show what their prompts ask for? A reader trained on real clips is the judge.
+"""`mmdiff eval`: do generated clips show what their prompts ask for, and are they like real ones?
 
 A modality gives a `Task` through the entry-point group `mmdiff.evals`; nothing here knows which there are.
 """
@@ -8,190 +8,104 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .cascade import Cascade, Clip
 from .data.clips import ClipDataset
 from .data.media import whole_file
+from .distance import Extractor
+from .eval_report import record, scores, table
 from .io import fingerprint
-from .named import pick_guidance
+from .judging import Judge, distances
+from .memorised import NEAR, Memorised, memorised
+from .named import part, pick_guidance
 from .readers import (
+    Gathered,
     Labels,
     Reader,
-    Recipe,
     gather,
     labels_of,
     load_reader,
     new_reader,
-    read,
     save_reader,
     train_reader,
 )
+from .restoration import Restored, restored
 from .sampling import seeded_noise
+from .tasks import Prompt, Splits, Task, balanced_prompts, part_of
 
 SHOWN = 12  # generated clips that are written out
-SEEDS_APART = 1_000_000  # so that the clips of two seeds never share their noise
+PAIRS = 6  # generated clips that are shown with the training clips nearest to them
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one evaluation needs of a modality.
+class Known:
+    """A reader, what it keeps of the training clips, and the seconds of its training; None where it was saved."""
 
-    about:    one line for the help. data, pipeline: the default folders.
-    splits:   from a data folder to its train and validation clips, whose metadata holds the attributes.
-    attributes: what is prompted and read. turns: groups of attributes whose values the prompts take in turn, the
-        first group fastest.
-    reader, recipe: the judge and its training.
-    show:     writes clips (n, C, T, ...), with a title for each, into a folder.
+    reader: Reader
+    train: Gathered
+    training_s: float | None
+
+
+def reader_for(task: Task, train: ClipDataset, seed: int, folder: Path | None) -> Known:
+    """The reader saved in `folder`, else the one that ships, else one trained on the real clips `train`.
+
+    One that is trained is saved in `folder`, where there is one.
     """
-
-    about: str
-    data: str
-    pipeline: Path
-    splits: Callable[[str], tuple[ClipDataset, ClipDataset]]
-    attributes: tuple[str, ...]
-    turns: tuple[tuple[str, ...], ...]
-    reader: type[Reader]
-    recipe: Recipe
-    show: Callable[[Path, Clip, list[str]], None]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A caption, what it asks for, and the seed of the clip made from it."""
-
-    caption: str
-    labels: Labels
-    seed: int
+    labels = [labels_of(item.meta, task.attributes) for item in train.items]
+    reader = new_reader(task.reader, labels, seed)
+    saved = folder if folder is not None and (folder / "config.yaml").is_file() else None
+    saved = task.trained if folder is None else saved
+    if saved is not None:
+        reader = load_reader(task.reader, saved, reader.answers)
+    known = gather(reader, train, "real training clips")
+    if saved is not None:
+        return Known(reader, known, None)
+    began = time.perf_counter()
+    train_reader(reader, known.kept, known.labels, task.recipe, seed)
+    if folder is not None:
+        save_reader(reader, folder)
+    return Known(reader, known, time.perf_counter() - began)
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a share, 95 % unless `z` says otherwise (Wilson 1927; Brown et al. 2001, eq. 4).
-
-    Raises ValueError unless 0 <= right <= count and count >= 1.
-    """
-    if not 0 <= right <= count or count < 1:
-        raise ValueError(f"right={right} of count={count} is not a share; 0 <= right <= count and count >= 1")
-    share, spread = right / count, z * z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def in_turns(keys: Sequence[Sequence[Hashable]], count: int) -> list[int]:
-    """`count` indices into `keys` with the values of the keys in turn: first the key's first part, then its next.
-
-    A group that has run through its items begins anew. The groups of a later part start shifted from one group of the
-    part before to the next, so that a short list is balanced too.
-    """
-
-    def order(indices: list[int], depth: int, shift: int) -> list[int]:
-        if depth == len(keys[0]):
-            return indices
-        groups: dict[Hashable, list[int]] = {}
-        for index in indices:
-            groups.setdefault(keys[index][depth], []).append(index)
-        names = sorted(groups, key=str)
-        names = names[shift % len(names) :] + names[: shift % len(names)]
-        rows = [order(groups[name], depth + 1, place) for place, name in enumerate(names)]
-        return [row[turn % len(row)] for turn in range(max(map(len, rows))) for row in rows]
-
-    if not keys:
-        raise ValueError("no clips to take prompts from")
-    whole = order(list(range(len(keys))), 0, 0)
-    return [whole[i % len(whole)] for i in range(count)]
-
-
-def balanced_prompts(task: Task, clips: ClipDataset, count: int, seed: int) -> list[Prompt]:
-    """Default captions of `clips`, balanced over the task's attributes; the same for every seed but for the noise."""
-    labels = [labels_of(item.meta, task.attributes) for item in clips.items]
-    keys = [[tuple(label[name] for name in group) for group in task.turns] for label in labels]
-    chosen = in_turns(keys, count)
-    return [Prompt(clips.items[k].captions[0], labels[k], seed * SEEDS_APART + i) for i, k in enumerate(chosen)]
-
-
-def generate_and_read(
-    cascade: Cascade, reader: Reader, prompts: Sequence[Prompt], rate: float, batch_size: int
-) -> tuple[list[Labels], Clip]:
-    """(what the reader reads in a clip for each prompt, the first clips themselves).
+def generate(cascade: Cascade, judge: Judge, prompts: Sequence[Prompt], rate: float, batch_size: int) -> Tensor:
+    """Clips (N, C, T, ...) of all prompts, in half precision, after the judge has seen them whole.
 
     rate: of the clips that the reader knows. Raises ValueError if the cascade makes clips of another rate, or clips
     that are not finite.
     """
-    found: list[Labels] = []
-    shown: list[torch.Tensor] = []
+    made: list[Tensor] = []
     with tqdm(total=len(prompts), desc="generating", unit="clip") as bar:
         for first in range(0, len(prompts), batch_size):
-            part = prompts[first : first + batch_size]
-            noise = seeded_noise([prompt.seed for prompt in part])
+            asked = prompts[first : first + batch_size]
+            noise = seeded_noise([prompt.seed for prompt in asked])
 
             def progress(stage: str, done: int, total: int) -> None:
                 bar.set_postfix_str(f"{stage} {done}/{total}")
 
-            clip = cascade({"caption": [prompt.caption for prompt in part]}, noise=noise, progress=progress)
+            clip = cascade({"caption": [prompt.caption for prompt in asked]}, noise=noise, progress=progress)
             if not math.isclose(clip.rate, rate, rel_tol=1e-3):
                 raise ValueError(
                     f"the pipeline makes {clip.rate} steps per second, the real clips have {rate}; give its own --data"
                 )
             data = clip.data.float().cpu()
             if not bool(torch.isfinite(data).all()):
-                raise ValueError(f"a clip of {part[0].caption!r} or the {len(part) - 1} prompts after it is not finite")
+                raise ValueError(
+                    f"a clip of {asked[0].caption!r} or the {len(asked) - 1} prompts after it is not finite"
+                )
             data = data.clamp(-1, 1)
-            found += read(reader, reader.reduce(data).half())
-            shown += list(data[: max(0, SHOWN - first)])
-            bar.update(len(part))
-    return found, Clip(torch.stack(shown), rate)
-
-
-def score(wanted: Sequence[Labels], found: Sequence[Labels]) -> dict[str, dict[str, Any]]:
-    """For each attribute and for all together: right, count, accuracy, 95 % interval, chance.
-
-    chance: the accuracy of answering always what is wanted most often, the best that one can do blindly.
-    """
-    names = list(wanted[0])
-    questions: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
-    if len(names) > 1:
-        questions["both" if len(names) == 2 else "all"] = tuple(names)
-    rows = {}
-    for title, asked in questions.items():
-        truth = [tuple(label[name] for name in asked) for label in wanted]
-        answers = [tuple(label[name] for name in asked) for label in found]
-        right, count = sum(t == a for t, a in zip(truth, answers, strict=True)), len(truth)
-        chance = max(Counter(truth).values()) / count
-        rows[title] = {
-            "right": right,
-            "count": count,
-            "accuracy": right / count,
-            "interval": wilson(right, count),
-            "chance": chance,
-        }
-    return rows
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report for the eye."""
-
-    def cell(row: dict[str, Any]) -> str:
-        low, high = row["interval"]
-        share = f"{row['right']}/{row['count']}"
-        return f"{100 * row['accuracy']:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] {share}"
-
-    generated, real = report["generated"], report["real"]
-    lines = [f"{'':<12}{'generated':<32}{'real validation (ceiling)':<32}chance"]
-    lines += [
-        f"{k:<12}{cell(generated[k]):<32}{cell(real[k]):<32}{100 * generated[k]['chance']:.1f} %" for k in generated
-    ]
-    protocol = ", ".join(f"{name} {value}" for name, value in report["protocol"].items())
-    notes = "95 % Wilson intervals; chance: always answering what is prompted most often"
-    return "\n".join([*lines, notes, f"protocol: {protocol}"])
+            judge(data, rate)
+            made.append(data.half())
+            bar.update(len(asked))
+    return torch.cat(made)
 
 
 def weights_hash(folder: Path) -> str:
@@ -204,69 +118,91 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def reader_for(task: Task, train: ClipDataset, seed: int, folder: Path | None) -> tuple[Reader, float | None]:
-    """(the reader saved in `folder`, or one trained on the real clips `train` and saved there, seconds of training)."""
-    labels = [labels_of(item.meta, task.attributes) for item in train.items]
-    reader = new_reader(task.reader, labels, seed)
-    if folder is not None and (folder / "config.yaml").is_file():
-        return load_reader(task.reader, folder, reader.answers), None
-    began = time.perf_counter()
-    kept, labels, _ = gather(reader, train, "real training clips")
-    train_reader(reader, kept, labels, task.recipe, seed)
-    if folder is not None:
-        save_reader(reader, folder)
-    return reader, time.perf_counter() - began
-
-
 def evaluate(
     task: Task,
     cascade: Cascade,
-    splits: tuple[ClipDataset, ClipDataset],
+    splits: Splits,
     *,
     count: int,
     seed: int,
     batch_size: int,
     reader_folder: Path | None = None,
+    extractor: Extractor | None = None,
+    restore: int = 0,
     out: Path | None = None,
     protocol: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report: `generated` and `real` as of `score`, `protocol`, `clips`, `seconds`; also written to `out`.
+    """The report: `generated` and `real` as of `score`, `parts` where scores are told apart, `distances`, `measures`,
+    `memorised`, `stages`, `protocol`, `clips`, `seconds`; also written to `out`.
 
-    splits: training clips, for the reader alone, and validation clips, for the ceiling and the captions.
+    splits: training clips, for the reader and as what may be memorised, and validation clips, for the ceiling, the
+    captions and as what generated clips are compared with. extractor: features of the distances, instead of the
+    reader's. restore: real clips on which each upsampling stage is judged.
     """
     train, val = splits
     if not len(train) or not len(val):
         raise ValueError(f"the data has {len(train)} training and {len(val)} validation clips; both are needed")
     prompts = balanced_prompts(task, val, count, seed)
-    reader, training_s = reader_for(task, train, seed, reader_folder)
-    kept, truth, rate = gather(reader, val, "real validation clips")
-    real = score(truth, read(reader, kept))
+    known = reader_for(task, train, seed, reader_folder)
+    real, made = (Judge(task, known.reader, extractor) for _ in range(2))
+    truth = gather(known.reader, val, "real validation clips", real)
     began = time.perf_counter()
-    found, clip = generate_and_read(cascade, reader, prompts, rate, batch_size)
+    data = generate(cascade, made, prompts, truth.rate, batch_size)
+    generating_s = time.perf_counter() - began
+    settings = {**(protocol or {}), "seed": seed, "reader": fingerprint(known.reader)}
+    size = f"{'x'.join(map(str, data.shape[2:]))} at {truth.rate:g} steps/s"
+    apart = distances(made, real, ", ".join([size, *(f"{k} {v}" for k, v in settings.items())]), seed)
+    copied = memorised(made.kept, known.train.kept, truth.kept) if len(truth.kept) >= 1 / NEAR else None
+    stages: list[Restored] = []
+    if restore and task.restoring is not None:
+        stages = restored(cascade, val, task.restoring, restore, seed, batch_size)
     report = {
-        "generated": score([prompt.labels for prompt in prompts], found),
-        "real": real,
-        "protocol": {**(protocol or {}), "seed": seed, "reader": fingerprint(reader)},
-        "seconds": {"reader": training_s, "generating": time.perf_counter() - began},
+        **scores(prompts, made, truth.labels, [part_of(task, val, place) for place in truth.places], real),
+        **record(made, real, apart, copied, stages),
+        "protocol": settings,
+        "seconds": {"reader": known.training_s, "generating": generating_s},
         "clips": [
             {"caption": p.caption, "seed": p.seed, "prompted": p.labels, "read": answer}
-            for p, answer in zip(prompts, found, strict=True)
+            for p, answer in zip(prompts, made.read, strict=True)
         ],
     }
     if out is not None:
-        with whole_file(out / "report.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        titles = [f"prompted {_words(p.labels)}\nread {_words(a)}" for p, a in zip(prompts, found, strict=True)]
-        task.show(out, clip, titles[: len(clip.data)])
+        write(out, task, report, Clip(data, truth.rate), prompts, made.read)
+        if copied is not None:
+            pairs(out / "nearest", task, copied, Clip(data, truth.rate), train, known.train.places)
     return report
 
 
-def _words(labels: Labels) -> str:
-    return " ".join(labels.values())
+def write(
+    out: Path, task: Task, report: dict[str, Any], clip: Clip, prompts: Sequence[Prompt], found: Sequence[Labels]
+) -> None:
+    """Writes report.json and shows the first clips."""
+    with whole_file(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    titles = [title(prompt.labels, answer) for prompt, answer in zip(prompts, found, strict=True)]
+    task.show(out, Clip(clip.data[:SHOWN].float(), clip.rate), titles[:SHOWN])
+
+
+def title(wanted: Labels, found: Labels) -> str:
+    """A line for each attribute: what was prompted and, where that is not what is read, what is."""
+    answers = {name: found.get(name, "nothing") for name in wanted}
+    return "\n".join(v if answers[name] == v else f"{v}, read {answers[name]}" for name, v in wanted.items())
+
+
+def pairs(folder: Path, task: Task, copied: Memorised, clip: Clip, train: ClipDataset, places: Sequence[int]) -> None:
+    """Shows the generated clips that are nearest to training clips, each with that clip below it."""
+    folder.mkdir(exist_ok=True)
+    shown, titles = [], []
+    for number in copied.distances.argsort()[:PAIRS].tolist():
+        shown += [clip.data[number].float(), train[places[int(copied.nearest[number])]]["x"]]
+        titles += [f"generated {number}", f"nearest training clip\nat {float(copied.distances[number]):.3f}"]
+    sizes = [min(clip.shape[axis] for clip in shown) for axis in range(1, shown[0].ndim)]
+    cut = [x[(slice(None), *(slice(size) for size in sizes))] for x in shown]
+    task.show(folder, Clip(torch.stack(cut), clip.rate), titles)
 
 
 def main(args: list[str]) -> int:
-    """Judges generated clips by a reader trained on real ones.
+    """Judges generated clips: what is read of them, and how far they are from real ones.
 
     Raises ValueError for a wrong value.
     """
@@ -281,12 +217,13 @@ def main(args: list[str]) -> int:
         raise ValueError(f"{name!r} is not an evaluation; there are {', '.join(sorted(found)) or 'none installed'}")
     task: Task = found[name].load()()
     options = _parser(name, task).parse_args(rest)
-    for option, least in (("count", 1), ("batch_size", 1), ("seed", 0), ("steps", 1)):
+    for option, least in (("count", 1), ("batch_size", 1), ("seed", 0), ("steps", 1), ("restore", 0)):
         value = getattr(options, option)
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')} {value} is below {least}")
     guidance = None if options.guidance is None else pick_guidance(options.guidance)
-    if not Path(options.data).expanduser().exists():
+    extractor = None if options.features is None else pick_features(options.features, options.trust)
+    if options.data is not None and not Path(options.data).expanduser().exists():
         raise ValueError(
             f"--data {options.data} does not exist (working directory {Path.cwd()}); give the data's folder"
         )
@@ -299,16 +236,17 @@ def main(args: list[str]) -> int:
 
     device = pick_device(options.device)
     folder = fetch(options.pipeline)
-    cascade = load_pipeline(folder).to(device)
+    cascade = load_pipeline(folder, options.trust).to(device)
     changed = {"steps": options.steps, "guidance": guidance}
     cascade = cascade.with_base(**{k: value for k, value in changed.items() if value is not None})
     base = next(iter(cascade.stages.values()))
     settings = {k: getattr(base, k) for k in ("steps", "guidance") if hasattr(base, k)}
     settings = {k: v if isinstance(v, (int, float)) else repr(v) for k, v in settings.items()}  # a rule, for the JSON
     protocol = {"eval": name, "pipeline": weights_hash(folder), **settings}
+    splits = task.splits(options.data or "", tuple(cascade.shape), cascade.rate)
     report = evaluate(
-        task, cascade, task.splits(options.data), count=options.count, seed=options.seed, batch_size=options.batch_size,
-        reader_folder=options.reader, out=options.out, protocol=protocol,
+        task, cascade, splits, count=options.count, seed=options.seed, batch_size=options.batch_size,
+        reader_folder=options.reader, extractor=extractor, restore=options.restore, out=options.out, protocol=protocol,
     )  # fmt: skip
     print(table(report))
     if options.out is not None:
@@ -316,13 +254,20 @@ def main(args: list[str]) -> int:
     return 0
 
 
+def pick_features(text: str, trusted: Sequence[str] = ()) -> Extractor:
+    """What --features gives: an extractor by YAML. Raises ValueError for anything else."""
+    return part("features", text, {}, Extractor, trusted)  # type: ignore[type-abstract]
+
+
 def _parser(name: str, task: Task) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"mmdiff eval {name}", description=task.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--pipeline", default=str(task.pipeline), help="pipeline folder or hub id")
-    parser.add_argument("--data", default=task.data, help="folder of the real clips")
-    parser.add_argument("--count", type=int, default=100, help="clips to generate")
+    if task.data is not None:
+        parser.add_argument("--data", default=task.data, help="folder of the real clips")
+    parser.set_defaults(data=task.data)
+    parser.add_argument("--count", type=int, default=task.count, help="clips to generate")
     parser.add_argument("--steps", type=int, help="sampling steps of the first stage; without it the pipeline's")
     parser.add_argument("--guidance", help="of the first stage, a scale, a name or YAML; without it the pipeline's")
     parser.add_argument("--seed", type=int, default=0, help="of the clips and of the reader's training")
@@ -330,4 +275,11 @@ def _parser(name: str, task: Task) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--out", type=Path, help="folder for report.json and some of the clips")
     parser.add_argument("--reader", type=Path, help="folder of the trained reader: used if it is there, else written")
+    parser.add_argument(
+        "--features", metavar="YAML", help="what distances are of, as {class_path: ...}; else the reader's"
+    )
+    parser.add_argument("--restore", type=int, default=24, help="real clips on which each upsampling stage is judged")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="package that YAML may also name"
+    )
     return parser

@@ -8,43 +8,16 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
-from . import edit_options
-from .named import GUIDANCES, part, pick_guidance
+from . import edit_options, stage_options
 
 if TYPE_CHECKING:
     from .cascade import Cascade, Clip
-    from .sampling import Sampler
 
-# name -> class of mmdiff.sampling and its arguments; euler is ddim by its other name, lms as in k-diffusion
-SAMPLERS: dict[str, tuple[str, dict[str, object]]] = {
-    "ddim": ("Ancestral", {"eta": 0.0}),
-    "ddpm": ("Ancestral", {"eta": 1.0}),
-    "euler": ("Ancestral", {"eta": 0.0}),
-    "euler-churn": ("Euler", {"s_churn": 40.0}),
-    "heun": ("Heun", {}),
-    "heun-flow": ("Heun", {"clock": "flow"}),
-    "heun-churn": ("Heun", {"s_churn": 40.0}),
-    "dpmpp2s": ("DPMpp2S", {}),
-    "dpmpp2m": ("DPMpp2M", {}),
-    "dpmpp3m": ("DPMpp3M", {}),
-    "dpmpp2m-sde": ("DPMpp2MSDE", {}),
-    "dpmpp3m-sde": ("DPMpp3MSDE", {}),
-    "unipc2": ("UniPC", {"order": 2}),
-    "unipc": ("UniPC", {"order": 3}),
-    "deis": ("AdamsBashforth", {}),
-    "lms": ("AdamsBashforth", {"clock": "sigma"}),
-    "rk4": ("RK4", {}),
-    "langevin": ("Langevin", {}),
-    "pc": ("PredictorCorrector", {}),
-    "ode": ("AdaptiveODE", {}),
-    "consistency": ("Consistency", {}),
-}
 LONGEST = 16  # times the length a pipeline was made for: beyond, memory rather than patience runs out
 
 Write = Callable[[Path, "Clip", bool], list[Path]]  # (path without suffix, one clip (1, C, T, ...), preview) -> files
@@ -66,14 +39,7 @@ def parser(command: str, description: str, pipeline: Path) -> Parser:
     options.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the files (default: outputs)")
     options.add_argument("--count", type=int, default=1, help="clips for each prompt, of seeds SEED, SEED + 1, ...")
     options.add_argument("--seed", type=int, default=0, help="same seed, same machine: same file (default: 0)")
-    options.add_argument("--steps", type=int, help="sampling steps of the first stage (default: the pipeline's)")
-    options.add_argument(
-        "--sampler", metavar="NAME|YAML", help=f"of the first stage: {', '.join(SAMPLERS)}, or a class_path as YAML"
-    )
-    options.add_argument(
-        "--guidance", metavar="SCALE|NAME|YAML",
-        help=f"of the first stage: a scale, 1 is none; {', '.join(GUIDANCES)}; or a class_path as YAML",
-    )  # fmt: skip
+    stage_options.add_settings(options)
     options.add_argument(
         "--weighted", action="store_true", help="read (word:1.3), [word] and [a|b] in prompts, and longer prompts"
     )
@@ -113,7 +79,7 @@ def jobs(given: argparse.Namespace) -> list[Job]:
         raise ValueError("the prompt is empty; say what to generate")
     else:
         prompts = [given.prompt]
-    for name in ("count", "steps", "batch_size"):
+    for name in ("count", "batch_size"):
         value = getattr(given, name)
         if value is not None and not 1 <= value <= 10_000:
             raise ValueError(f"--{name.replace('_', '-')} {value} is outside 1..10000")
@@ -157,15 +123,6 @@ def pick_device(name: str) -> str:
     return name
 
 
-def pick_sampler(name: str) -> "Sampler":
-    """The sampler of a name in SAMPLERS."""
-    from . import sampling
-
-    kind, settings = SAMPLERS[name]
-    made: Sampler = getattr(sampling, kind)(**settings)
-    return made
-
-
 def file_stem(folder: Path, job: Job) -> Path:
     """A path without suffix under which `folder` has no file yet: number, words of the prompt, seed."""
     words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:48].strip("-") or "clip"
@@ -188,16 +145,9 @@ class Bars:
             self.bars[stage].close()
 
 
-def chosen(given: argparse.Namespace, prompts: list[str]) -> dict[str, object]:
-    """The first stage's settings that the options name, built. Raises ValueError for wrong ones, and wrong prompts."""
-    settings: dict[str, object] = {} if given.steps is None else {"steps": given.steps}
-    if given.guidance is not None:
-        settings["guidance"] = pick_guidance(given.guidance, given.trust)
-    if given.sampler is not None:
-        from .sampling import Sampler
-
-        names = {name: partial(pick_sampler, name) for name in SAMPLERS}
-        settings["sampler"] = part("sampler", given.sampler, names, Sampler, given.trust)  # type: ignore[type-abstract]
+def chosen(given: argparse.Namespace, prompts: list[str]) -> stage_options.Settings:
+    """The stages' settings that the options name, built. Raises ValueError for wrong ones, and wrong prompts."""
+    settings = stage_options.settings(given)
     if given.weighted:
         from .prompts import parse
 
@@ -206,8 +156,8 @@ def chosen(given: argparse.Namespace, prompts: list[str]) -> dict[str, object]:
     return settings
 
 
-def with_options(cascade: "Cascade", given: argparse.Namespace, settings: dict[str, object]) -> "Cascade":
-    """The cascade with other settings of its first stage, and prompts read with weights where the options say so."""
+def with_options(cascade: "Cascade", given: argparse.Namespace, settings: stage_options.Settings) -> "Cascade":
+    """The cascade with other settings of its stages, and prompts read with weights where the options say so."""
     from .cascade import Generate
 
     if not isinstance(cascade.first, Generate):
@@ -217,7 +167,7 @@ def with_options(cascade: "Cascade", given: argparse.Namespace, settings: dict[s
 
         if not sum(weigh(stage.model) for stage in cascade.stages.values() if isinstance(stage, Generate)):
             raise ValueError(f"--weighted: no model of --pipeline {given.pipeline} reads a prompt")
-    return cascade.with_base(**settings)
+    return stage_options.with_settings(cascade, settings)
 
 
 def check_length(steps: int, cascade: "Cascade") -> None:
@@ -225,17 +175,27 @@ def check_length(steps: int, cascade: "Cascade") -> None:
     longest = LONGEST * cascade.shape[1]
     if not 1 <= steps <= longest:
         raise ValueError(
-            f"{steps / cascade.rate:g} s are outside {1 / cascade.rate:g}..{longest / cascade.rate:g} s, "
-            f"which this pipeline can make; choose another --duration"
+            f"{steps} steps of time ({steps / cascade.rate:g} s) are outside 1..{longest} "
+            f"({1 / cascade.rate:g}..{longest / cascade.rate:g} s), which this pipeline can make; choose another "
+            "--duration, or number of frames"
         )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The clips that are asked for: `steps` of T made by `cascade`, of which every `every`-th, from 0 on, is kept."""
+
+    cascade: "Cascade"
+    steps: int
+    every: int = 1
+
+
 def run(
-    given: argparse.Namespace, write: Write, length: Callable[["Cascade"], int], media: edit_options.Media | None = None
+    given: argparse.Namespace, write: Write, ask: Callable[["Cascade"], Asked], media: edit_options.Media | None = None
 ) -> int:
     """Generates what the options ask for, writes it with `write` and prints the files. Returns the exit status.
 
-    length: the cascade -> time steps of the clips to make. media: how the files of an edit are read.
+    ask: what the modality's own options ask of a cascade. media: how the files of an edit are read.
     """
     todo = jobs(given)
     settings = chosen(given, [job.prompt for job in todo])
@@ -249,26 +209,46 @@ def run(
     from .pipeline import load_pipeline
     from .sampling import seeded_noise
 
-    cascade = with_options(load_pipeline(given.pipeline, given.trust).to(device), given, settings)
-    steps = length(cascade)
-    check_length(steps, cascade)
-    make = edit_options.maker(given, media, cascade, steps, LONGEST * cascade.shape[1])
-    used = {name: str(value) for name, value in vars(cascade.first).items() if name != "model"}
-    used["weighted"] = str(given.weighted)
+    cascade = load_pipeline(given.pipeline, given.trust, in_turn=True).to(device)
+    numbers = stage_options.latents(cascade)
+    cascade = with_options(cascade, given, settings)
+    asked = ask(cascade if given.until is None else cascade.until(given.until))
+    check_length(asked.steps, asked.cascade)
+    *before, last = asked.cascade.stages
+    if last in numbers and (files := edit_options.files(given)):
+        raise ValueError(f"--until {last} makes latents, no media: it goes without {', '.join(files)}")
+    make = edit_options.maker(given, media, asked.cascade, asked.steps, LONGEST * asked.cascade.shape[1])
+    used = {**stage_options.record(asked.cascade), "weighted": str(given.weighted)}
     for first in range(0, len(todo), given.batch_size):
         batch = todo[first : first + given.batch_size]
+        clips: dict[str, Clip] = {}
         clip = make(
             {"caption": [job.prompt for job in batch]},
             noise=seeded_noise([job.seed for job in batch]),
             negative=None if given.negative is None else {"caption": [given.negative] * len(batch)},
             progress=Bars(f"clips {first + 1}-{first + len(batch)} of {len(todo)}:"),
+            watch=clips.__setitem__ if given.save_stages else None,
         )
-        for data, job in zip(clip.data.cpu().split(1), batch, strict=True):
+        clips = {name: clips[name] for name in before if name in clips}
+        clips[last] = Clip(clip.data[:, :, :: asked.every], clip.rate / asked.every)
+        for place, job in enumerate(batch):
             stem = file_stem(given.out, job)
-            for file in write(stem, Clip(data, clip.rate), given.preview):
-                print(file)
+            for name, whole in clips.items():
+                own = stem if name == last else stem.with_name(f"{stem.name}-{name}")
+                one = Clip(whole.data[place : place + 1].cpu(), whole.rate)
+                for file in write_latents(own, one) if name in numbers else write(own, one, given.preview):
+                    print(file)
             record = {"prompt": job.prompt, "negative": given.negative, "seed": job.seed, "pipeline": given.pipeline}
             stem.with_name(f"{stem.name}.json").write_text(
                 json.dumps(record | edit_options.record(given) | used, indent=2) + "\n", "utf-8"
             )
     return 0
+
+
+def write_latents(stem: Path, clip: "Clip") -> list[Path]:
+    """Writes a clip (1, C, T, ...) as STEM.safetensors, its rate in the metadata. Returns the file."""
+    from safetensors.torch import save_file
+
+    file = stem.with_name(f"{stem.name}.safetensors")
+    save_file({"latents": clip.data[0].contiguous()}, file, metadata={"rate": repr(clip.rate)})
+    return [file]

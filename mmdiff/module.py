@@ -125,9 +125,10 @@ class DiffusionModule(pl.LightningModule):
         noise = draw(torch.randn, latents.shape, generators).to(latents)
         conditioner = self.model.conditioner
         cond = None if conditioner is None else conditioner({**batch, "latents": latents}, generators)
-        errors = self.model.denoiser.errors(
-            latents, sigma, cond, noise=noise, distance=self.distance, mask=self.mask(batch, latents)
-        )
+        mask = self.mask(batch, latents)
+        if cond is not None and cond.known is not None:
+            mask = ~cond.known if mask is None else mask & ~cond.known
+        errors = self.model.denoiser.errors(latents, sigma, cond, noise=noise, distance=self.distance, mask=mask)
         level = torch.where(sigma > 0, sigma, 1)  # what is known has no weight, but must not have weight 0 * inf
         error = self.weighting.weigh(errors.error, level, self.model.denoiser.precond)
         if self.variance is not None:

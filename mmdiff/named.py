@@ -9,8 +9,33 @@ import yaml
 
 if TYPE_CHECKING:
     from .guidance import Guidance
+    from .sampling import Sampler
 
 GUIDANCES = ("apg", "cfg", "cfg++", "cfg-zero", "interval", "over-time", "rescale", "threshold")
+# name -> class of mmdiff.sampling and its arguments; euler is ddim by its other name, lms as in k-diffusion
+SAMPLERS: dict[str, tuple[str, dict[str, object]]] = {
+    "ddim": ("Ancestral", {"eta": 0.0}),
+    "ddpm": ("Ancestral", {"eta": 1.0}),
+    "euler": ("Ancestral", {"eta": 0.0}),
+    "euler-churn": ("Euler", {"s_churn": 40.0}),
+    "heun": ("Heun", {}),
+    "heun-flow": ("Heun", {"clock": "flow"}),
+    "heun-churn": ("Heun", {"s_churn": 40.0}),
+    "dpmpp2s": ("DPMpp2S", {}),
+    "dpmpp2m": ("DPMpp2M", {}),
+    "dpmpp3m": ("DPMpp3M", {}),
+    "dpmpp2m-sde": ("DPMpp2MSDE", {}),
+    "dpmpp3m-sde": ("DPMpp3MSDE", {}),
+    "unipc2": ("UniPC", {"order": 2}),
+    "unipc": ("UniPC", {"order": 3}),
+    "deis": ("AdamsBashforth", {}),
+    "lms": ("AdamsBashforth", {"clock": "sigma"}),
+    "rk4": ("RK4", {}),
+    "langevin": ("Langevin", {}),
+    "pc": ("PredictorCorrector", {}),
+    "ode": ("AdaptiveODE", {}),
+    "consistency": ("Consistency", {}),
+}
 T = TypeVar("T")
 
 
@@ -55,3 +80,12 @@ def pick_guidance(text: str, trusted: Sequence[str] = ()) -> "float | Guidance":
     if not (math.isfinite(scale) and 0 <= scale <= 100):
         raise ValueError(f"--guidance {scale} is outside 0..100; 1 is none, 2 to 8 is usual")
     return scale
+
+
+def pick_sampler(name: str) -> "Sampler":
+    """The sampler of a name in SAMPLERS."""
+    from . import sampling
+
+    kind, settings = SAMPLERS[name]
+    made: Sampler = getattr(sampling, kind)(**settings)
+    return made

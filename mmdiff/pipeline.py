@@ -7,13 +7,16 @@ own, so that a base stage and its decoding share one folder.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .cascade import Cascade, Stage
 from .config import dump_config
-from .io import build, fetch, load, read_config, verify_manifest, write_manifest
+from .io import WEIGHTS, build, fetch, load, read_config, verify_manifest, write_manifest
+from .model import DiffusionModel
+from .parked import Parked
 
 CASCADE = "cascade.yaml"
 
@@ -47,10 +50,12 @@ def models(tree: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = True) -> Cascade:
+def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = True, in_turn: bool = False) -> Cascade:
     """The cascade in a folder or of a hub id, on the CPU.
 
-    trusted: further packages that its configs may name. verify: check every file against the manifest.
+    trusted: further packages that its configs may name. verify: check every file against the manifest. in_turn: the
+    weights of a stage are in memory only while it works, so that all take no more than the largest; what is generated
+    is the same, but the weights of the models cannot be looked at.
     Raises ValueError naming the file at fault.
     """
     folder = fetch(name)
@@ -58,26 +63,25 @@ def load_pipeline(name: str | Path, trusted: Sequence[str] = (), verify: bool = 
     if verify:
         verify_manifest(folder)
     stages: dict[str, Stage] = {}
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, nn.Module] = {}
+    parked: dict[str, Parked] = {}
     for stage_name, stage in tree["stages"].items():
         argument, model = models(tree).get(stage_name, ("", ""))
-        if model:  # built from the model's own config first, so that the stage's arguments are checked as one
-            config, own = read_config(folder / model), False
-            if argument == "autoencoder" and isinstance(config.get("init_args", {}).get("autoencoder"), Mapping):
-                config, own = config["init_args"]["autoencoder"], True
-            stage = {**stage, "init_args": {**stage["init_args"], argument: config}}
-        built = build(stage, trusted)
-        if not isinstance(built, Stage):
-            raise ValueError(f"{folder / CASCADE}: stage {stage_name!r} is a {type(built).__name__}, not a Stage")
         if model:
             if model not in loaded:
                 loaded[model] = load(folder / model, trusted, verify=verify)
-            weights = loaded[model].autoencoder if own else loaded[model]
-            built = replace(built, **{argument: weights})  # type: ignore[type-var]
+            part, prefix = loaded[model], ""
+            if argument == "autoencoder" and isinstance(part, DiffusionModel):
+                part, prefix = part.autoencoder, "autoencoder."
+            if in_turn:
+                parked[stage_name] = Parked(part, folder / model / WEIGHTS, prefix)
+            stage = {**stage, "init_args": {**stage["init_args"], argument: part}}
+        built = build(stage, trusted)
+        if not isinstance(built, Stage):
+            raise ValueError(f"{folder / CASCADE}: stage {stage_name!r} is a {type(built).__name__}, not a Stage")
         stages[stage_name] = built
-    return Cascade(
-        stages, tuple(tree["shape"]), float(tree["rate"]), int(tree.get("multiple", 1)), int(tree.get("offset", 0))
-    )
+    multiple, offset = int(tree.get("multiple", 1)), int(tree.get("offset", 0))
+    return Cascade(stages, tuple(tree["shape"]), float(tree["rate"]), multiple, offset, parked)
 
 
 def write_cascade(folder: str | Path, tree: Mapping[str, Any]) -> None:

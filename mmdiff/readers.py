@@ -5,7 +5,7 @@ B clips, N clips of a split, A answers of all attributes together.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from .data.clips import ClipDataset
 from .data.items import Problem
-from .io import load, save
+from .distance import Extractor
+from .io import fingerprint, load, save
 
 Labels = dict[str, str]  # attribute -> value
 
@@ -51,6 +52,10 @@ class Reader(nn.Module, ABC):
         """A random variant of each clip of `reduce`'s output, of the same shape, that shows the same."""
 
     @abstractmethod
+    def features(self, kept: Tensor) -> Tensor:
+        """Features (B, D) of `reduce`'s output, from which the answers follow: what distances of clips are of."""
+
+    @abstractmethod
     def forward(self, kept: Tensor) -> Tensor:
         """Logits (B, A) for `reduce`'s output, attribute after attribute."""
 
@@ -74,12 +79,24 @@ def labels_of(meta: Mapping[str, Any], attributes: Sequence[str]) -> Labels:
     return {name: str(meta[name]) for name in attributes}
 
 
-def gather(reader: Reader, clips: ClipDataset, desc: str) -> tuple[Tensor, list[Labels], float]:
-    """(what the reader keeps of every clip in half precision (N, ...), labels, rate in steps of T per second).
+@dataclass(frozen=True)
+class Gathered:
+    """What a reader keeps of a split, in half precision (N, ...), and the labels, the rate and each clip's place."""
+
+    kept: Tensor
+    labels: list[Labels]
+    rate: float
+    places: list[int]
+
+
+def gather(
+    reader: Reader, clips: ClipDataset, desc: str, visit: Callable[[Tensor, float], None] | None = None
+) -> Gathered:
+    """What the reader keeps of every clip of a split; `visit` sees each clip (1, C, T, ...) and its rate.
 
     Warns of a clip that cannot be used and goes on without it. Raises ValueError where the rates differ.
     """
-    kept, labels, rates = [], [], set()
+    kept, labels, rates, places = [], [], set(), []
     for index in tqdm(range(len(clips)), desc=desc, unit="clip"):
         item = clips.result(index)
         if isinstance(item, Problem):
@@ -88,15 +105,18 @@ def gather(reader: Reader, clips: ClipDataset, desc: str) -> tuple[Tensor, list[
         kept.append(reader.reduce(item["x"][None]).half())
         labels.append(labels_of(item["meta"], list(reader.answers)))
         rates.add(float(item["rate"]))
+        places.append(index)
+        if visit is not None:
+            visit(item["x"][None], float(item["rate"]))
     if len(rates) != 1:
         raise ValueError(f"the clips have the rates {sorted(rates)}; a reader needs clips of one rate")
-    return torch.cat(kept), labels, rates.pop()
+    return Gathered(torch.cat(kept), labels, rates.pop(), places)
 
 
 def train_reader(reader: Reader, kept: Tensor, labels: Sequence[Labels], recipe: Recipe, seed: int) -> Reader:
     """`reader` trained in place, in eval mode.
 
-    kept: (N, ...) of `gather`. seed: of the order and the augmentation; no global generator is touched.
+    kept: (N, ...), as `gather` gives it. seed: of the order and the augmentation; no global generator is touched.
     """
     places = [{value: i for i, value in enumerate(values)} for values in reader.answers.values()]
     target = torch.tensor(
@@ -137,6 +157,12 @@ def read(reader: Reader, kept: Tensor, batch_size: int = 64) -> list[Labels]:
     return found
 
 
+@torch.inference_mode()
+def features_of(reader: Reader, kept: Tensor, batch_size: int = 64) -> Tensor:
+    """The reader's features (N, D) of every clip of `kept` (N, ...)."""
+    return torch.cat([reader.features(part.float()) for part in kept.split(batch_size)])
+
+
 def new_reader(kind: type[Reader], labels: Sequence[Labels], seed: int) -> Reader:
     """An untrained reader of the values that occur in `labels`, with weights that follow from `seed`."""
     answers = {name: sorted({label[name] for label in labels}) for name in labels[0]}
@@ -145,11 +171,11 @@ def new_reader(kind: type[Reader], labels: Sequence[Labels], seed: int) -> Reade
         return kind(answers)
 
 
-def save_reader(reader: Reader, folder: str | Path) -> None:
+def save_reader(reader: Reader, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the reader's model folder (see `mmdiff.io.save`)."""
     kind = type(reader)
     tree = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": {"answers": reader.answers}}
-    save(reader, tree, folder)
+    save(reader, tree, folder, dtype)
 
 
 def load_reader(kind: type[Reader], folder: str | Path, answers: Mapping[str, Sequence[str]]) -> Reader:
@@ -162,3 +188,21 @@ def load_reader(kind: type[Reader], folder: str | Path, answers: Mapping[str, Se
             f"the reader in {folder} reads {reader.answers}, the data has {dict(answers)}; give another folder"
         )
     return reader
+
+
+class ReaderFeatures(Extractor):
+    """The features of the reader that is saved in `folder`. Raises ValueError if another kind of model is."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        reader = load(folder)
+        if not isinstance(reader, Reader):
+            raise ValueError(f"{folder} holds a {type(reader).__name__}, not a reader")
+        self.reader = reader
+
+    @property
+    def protocol(self) -> str:
+        return f"features of {type(self.reader).__name__} {fingerprint(self.reader)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return features_of(self.reader, self.reader.reduce(x))

@@ -179,9 +179,9 @@ def distances(name: str, model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def sampled(name: str, model: DiffusionModel, batch: dict[str, Any]) -> Tensor:
     """Latents of unguided samples for the batch's prompts from fixed noise, made as the model's cascade config says."""
-    stem = re.sub(r"(_up|_cached)$", "", name)
+    stem, kind = re.fullmatch(r"(.*?)(?:_(up|interpolate|cached))?", name).groups()  # type: ignore[union-attr]
     stages = read_config(CONFIGS / f"{stem}_cascade.yaml")["stages"]
-    settings = stages["up" if name.endswith("_up") else "base"]["init_args"]
+    settings = stages[kind if kind in stages else "base"]["init_args"]
     steps = settings.get("steps", 32)
     stage = Generate(model.eval(), build(settings["sigmas"]), build(settings["sampler"]), steps)
     latents, rate = model.latents(batch), float(batch["rate"][0]) / model.autoencoder.factors[0]

@@ -24,31 +24,10 @@ from mmdiff.precond import Flow
 from mmdiff.sampling import Ancestral, seeded_noise
 from mmdiff.sigmas import Flow as FlowGrid
 from mmdiff.sigmas import ResolutionShift
+from tests.test_configs import training
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-VARIANTS = {  # what holds only differences, and from what
-    "video_latent": "video",
-    "video_autoencoder_gan": "video_autoencoder",
-    "sprites_latent": "sprites",
-    "digits_latent": "digits",
-}
 TOLERANCE = 1e-6
-
-
-def merged(low: Any, high: Any) -> Any:
-    """`high` over `low`, as `-c low -c high` reads them."""
-    if not (isinstance(low, dict) and isinstance(high, dict)):
-        return high
-    if high.get("class_path", low.get("class_path")) != low.get("class_path"):
-        return high
-    return {k: merged(low[k], high[k]) if k in low and k in high else {**low, **high}[k] for k in {**low, **high}}
-
-
-def training(path: Path) -> dict[str, Any]:
-    """The tree of a training config."""
-    tree = read_config(path)
-    base = VARIANTS.get(path.stem)
-    return tree if base is None else merged(read_config(path.with_name(f"{base}.yaml")), tree)
 
 
 def trained_config(cascade: Path, model: str) -> Path:

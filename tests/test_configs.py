@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from mmdiff.cascade import Decode, Generate
 from mmdiff.config import build, read_config
+from mmdiff.footprint import parsed
 from mmdiff.io import load
 from mmdiff.pipeline import load_pipeline
 from mmdiff.sampling import seeded_noise
@@ -26,6 +28,13 @@ CASCADES = [path for path in CONFIGS if path.stem.endswith("_cascade")]
 VARIANTS = {  # what holds only differences, and from what
     "tiny/video_latent.yaml": "tiny/video.yaml",
     "video/sprites_latent.yaml": "video/sprites.yaml",
+    "video/dit.yaml": "video/world.yaml",
+    "video/objective/edm.yaml": "video/world.yaml",
+    "video/objective/flow.yaml": "video/world.yaml",
+    "video/objective/v.yaml": "video/world.yaml",
+    "video/world_autoencoder.yaml": "video/autoencoder.yaml",
+    "video/world_joint.yaml": "video/world.yaml",
+    "video/world_latent.yaml": "video/world.yaml",
     "audio/digits_latent.yaml": "audio/digits.yaml",
     "tiny/video_autoencoder_gan.yaml": "tiny/video_autoencoder.yaml",
 }
@@ -41,22 +50,21 @@ def layers(path: Path) -> list[Path]:
     return [path] if base is None else [ROOT / "configs" / base, path]
 
 
-def merged(low: Any, high: Any) -> Any:
-    """`high` over `low`, as `-c low -c high` reads them."""
-    if not (isinstance(low, dict) and isinstance(high, dict)):
-        return high
-    if high.get("class_path", low.get("class_path")) != low.get("class_path"):
-        return high
-    return {
-        key: merged(low[key], high[key]) if key in low and key in high else {**low, **high}[key]
-        for key in {**low, **high}
-    }
+@cache
+def training(path: Path) -> dict[str, Any]:
+    """The tree of a training config, over the one it is a variant of as `mmdiff fit` reads both."""
+    found = layers(path)
+    if len(found) == 1:
+        return read_config(path)
+    _, given, _ = parsed("+".join(map(str, found)))
+    tree: dict[str, Any] = given.as_dict()
+    return tree
 
 
 def model_of(path: Path) -> dict[str, Any]:
-    trees = [read_config(layer) for layer in layers(path)]
-    tree = trees[0] if len(trees) == 1 else merged(*trees)
-    return tree["model"]["init_args"]["model"]
+    """The tree of the model that a config trains."""
+    tree: dict[str, Any] = training(path)["model"]["init_args"]["model"]
+    return tree
 
 
 def mmdiff(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -166,12 +166,12 @@ def test_an_item_of_which_nothing_counts_has_no_loss_and_a_batch_of_such_is_refu
 
 
 def test_noise_and_condition_reach_the_network() -> None:
-    network, cond = Recorder(), object()
+    network, cond = Recorder(), Cond(vector=torch.ones(2, 4))
     denoiser = Denoiser(network, EDM())
     x0, sigma = torch.randn(2, 1, 3), torch.ones(2)
     a, b = (denoiser.loss(x0, sigma, noise=torch.randn(2, 1, 3)) for _ in range(2))
     assert not torch.equal(a, b)
-    denoiser(x0, sigma, cond)  # type: ignore[arg-type]
+    denoiser(x0, sigma, cond)
     assert network.cond is cond
 
 

@@ -38,6 +38,40 @@ def test_distance_equals_the_matrix_root(size: int) -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
+def test_distance_of_gaussians_whose_axes_differ_is_the_closed_form() -> None:
+    """In two dimensions tr (A^1/2 B A^1/2)^1/2 = (tr AB + 2 (det A det B)^1/2)^1/2, whatever their axes."""
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(20):
+        mixes = torch.randn(2, 2, 2, generator=generator, dtype=torch.float64)
+        shift = torch.randn(2, generator=generator, dtype=torch.float64)
+        a, b = (whitened(60 + seed, 2, 2 * seed + k) @ mixes[k] for k in (0, 1))
+        cov_a, cov_b = (mix.T @ mix for mix in mixes)
+        root = ((cov_a @ cov_b).trace() + 2 * (cov_a.det() * cov_b.det()).sqrt()).sqrt()
+        expected = float(shift.square().sum() + cov_a.trace() + cov_b.trace() - 2 * root)
+        assert frechet_distance(a, b + shift) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernel_distance_of_gaussians_is_the_closed_form_on_average() -> None:
+    """For x of N(m, 1) and y of N(n, 1), E (x y + 1)^3 = E x^3 E y^3 + 3 E x^2 E y^2 + 3 E x E y + 1."""
+
+    def mean(m: float, n: float) -> float:
+        return (m**3 + 3 * m) * (n**3 + 3 * n) + 3 * (m * m + 1) * (n * n + 1) + 3 * m * n + 1
+
+    exact = mean(0, 0) + mean(0.5, 0.5) - 2 * mean(0, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    found = torch.tensor(
+        [
+            kernel_distance(
+                torch.randn(80, 1, generator=generator),
+                torch.randn(50, 1, generator=generator, dtype=torch.float64) + 0.5,
+            )
+            for _ in range(600)
+        ]
+    )
+    assert abs(float(found.mean()) - exact) < 3 * float(found.std()) / math.sqrt(600)
+    assert float(found.std()) / math.sqrt(600) < 0.2 * exact
+
+
 def test_fewer_clips_than_features_give_a_real_distance_that_is_nought_to_itself() -> None:
     a = normals(5, 40, 3)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9 * float(a.square().sum()))

@@ -1,6 +1,6 @@
 """Edits of whole cascades on tiny models: what each stage is given, what comes back, what leaks, clips made longer."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,10 +11,10 @@ from mmdiff.autoencoder import Autoencoder, Chain, Identity, Pool, Subsample
 from mmdiff.cascade import Cascade, Clip, Generate, Stage
 from mmdiff.conditioning import Conditioner, LowRes
 from mmdiff.config import build
-from mmdiff.editing import Edit, Repaint, Window, extend
+from mmdiff.editing import Chunks, Edit, Repaint, Window, extend
 from mmdiff.model import DiffusionModel
 from mmdiff.precond import EDM
-from mmdiff.sampling import Ancestral, DPMpp2M, seeded_noise
+from mmdiff.sampling import Ancestral, DPMpp2M, Rolling, Sampler, seeded_noise
 from tests.edit_oracles import CASCADES, GRID, MEL, distance, normal, stage
 
 KINDS = pytest.mark.parametrize("kind", CASCADES)
@@ -219,7 +219,22 @@ def test_a_looping_upsampler_has_no_beginning_either() -> None:
         assert (distance(a.roll(4, 2), b) < 1e-5) == same
 
 
-def test_window_repaint_and_per_step_are_lines_of_yaml() -> None:
+@pytest.mark.parametrize(
+    ("sampler", "window"),
+    [
+        (Repaint(Ancestral(1.0), 2, 3), Window(8, 4)),
+        (Ancestral(), Chunks(8, 3)),
+        (Rolling(8, 3, order=2), None),
+    ],
+    ids=["repaint and windows", "chunks", "rolling"],
+)
+def test_window_repaint_and_per_step_are_lines_of_yaml(sampler: Sampler, window: Window | Chunks | None) -> None:
+    def line(part: Any) -> Any:
+        if not is_dataclass(part):
+            return part
+        settings = {f.name: line(getattr(part, f.name)) for f in fields(part)}
+        return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": settings}
+
     tree = {
         "class_path": "mmdiff.cascade.Generate",
         "init_args": {
@@ -231,13 +246,13 @@ def test_window_repaint_and_per_step_are_lines_of_yaml() -> None:
                 },
             },
             "sigmas": {"class_path": "mmdiff.sigmas.Karras"},
-            "sampler": {"class_path": "mmdiff.editing.Repaint", "init_args": {"jump": 2, "resamples": 3}},
-            "window": {"class_path": "mmdiff.editing.Window", "init_args": {"length": 8, "overlap": 4}},
+            "sampler": line(sampler),
+            "window": line(window),
             "per_step": True,
         },
     }
     built = build(tree)
-    assert (built.window, built.per_step, built.sampler) == (Window(8, 4), True, Repaint(Ancestral(1.0), 2, 3))
+    assert (built.window, built.per_step, built.sampler) == (window, True, sampler)
 
 
 def test_repaint_samples_a_cascade_and_its_progress_ends() -> None:
@@ -321,24 +336,31 @@ def test_a_clip_goes_on_for_as_long_as_asked_and_begins_as_it_was(kind: str) -> 
     assert distance(got.data[0], got.data[1]) > 1e-3  # another seed goes on otherwise
 
 
-def test_each_window_of_a_continuation_knows_the_end_of_the_last() -> None:
+def test_each_chunk_of_a_continuation_knows_the_end_of_the_last() -> None:
+    """In the first stage's own space: 16 steps, of which 6 are known, for 32 with a context of 12."""
     cascade = CASCADES["waveform"]()
+    first = cascade.first
+    assert isinstance(first, Generate)
     calls: list[Edit] = []
 
-    class Listening(Cascade):
-        def __call__(self, *args: Any, **settings: Any) -> Clip:
-            calls.append(settings["edit"])
-            return super().__call__(*args, **settings)
+    class Listening(Generate):
+        def known(self, edit: Edit | None, like: Tensor) -> dict[str, Tensor]:
+            assert edit is not None
+            calls.append(edit)
+            return super().known(edit, like)
 
-    spy = Listening(cascade.stages, cascade.shape, cascade.rate, cascade.multiple)
-    clip = normal(1, 1, 40)
-    got = extend(spy, PROMPT, clip, 50, noise=seeded_noise([1, 2]), context=12).data
-    assert len(calls) == 3  # 20 new steps each
-    for i, call in enumerate(calls):
-        begin = 40 - 12 + 20 * i
+    spy = replace(cascade, stages={**cascade.stages, "base": Listening(**vars(first))})
+    clip, made = normal(1, 1, 40), []
+    got = extend(
+        spy, PROMPT, clip, 50, noise=seeded_noise([1, 2]), context=12, watch=lambda name, clip: made.append(clip.data)
+    ).data
+    base = made[0]
+    assert base.shape == (2, 1, 46)  # 90 steps, and 2 more that the cascade can make
+    assert len(calls) == 3
+    for call, (begin, known) in zip(calls, ((14, 6), (24, 6), (30, 10)), strict=True):  # the last one ends the clip
         assert call.known is not None
-        assert call.known.flatten().tolist() == [True] * 12 + [False] * 20
-        torch.testing.assert_close(call.clip[:, :, :12].expand(2, 1, 12), got[:, :, begin : begin + 12])
+        assert call.known.flatten().tolist() == [True] * known + [False] * (16 - known)
+        assert torch.equal(call.clip[:, :, :known].expand(2, 1, known), base[:, :, begin : begin + known])
     assert distance(got, extend(cascade, PROMPT, clip, 50, noise=seeded_noise([1, 2])).data) > 1e-4
 
 

@@ -1,118 +1,45 @@
-"""Evaluation: intervals against closed values, readers on separable toys, reports against a hand count."""
+"""Evaluation: intervals against closed values, reports against a hand count, the command from options to report."""
 
 import json
-import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import mmdiff.evaluate
 from audio.files import write_audio
-from audio.metrics import SpeechReader, digits, wavs
+from audio.metrics import digits, wavs
 from mmdiff.__main__ import main as mmdiff_main
-from mmdiff.cascade import Cascade, Clip, Stage
-from mmdiff.data.clips import ClipDataset, Sample
+from mmdiff.accuracy import score, wilson
+from mmdiff.cascade import Cascade, Clip
+from mmdiff.data.clips import ClipDataset
 from mmdiff.data.sources import Item
-from mmdiff.evaluate import Task, balanced_prompts, evaluate, in_turns, main, score, table, wilson
-from mmdiff.io import fingerprint
-from mmdiff.readers import Reader, Recipe, gather, load_reader, new_reader, read, save_reader, train_reader
-from mmdiff.world import MOTIONS, scene
-from video.metrics import ClipReader, contact_sheets, sprites
+from mmdiff.distance import Extractor
+from mmdiff.eval_report import table
+from mmdiff.evaluate import evaluate, main
+from mmdiff.tasks import Task, balanced_prompts, in_turns
+from tests.toy_task import (
+    HUES,
+    PLACES,
+    Entry,
+    cascade_of,
+    install,
+    obedient,
+    toy_clip,
+    toy_decode,
+    toy_item,
+    toy_report,
+    toy_splits,
+    toy_task,
+)
+from video.metrics import scenes, sprites
 from video.render import render
-
-HUES, PLACES = ("bright", "dark"), ("back", "front")
-
-
-def toy_clip(hue: str, place: str, key: int) -> Tensor:
-    """(3, 4, 8, 8): the level tells the hue, the brighter half in time the place."""
-    x = torch.full((3, 4, 8, 8), 0.4 if hue == "bright" else -0.4)
-    x[:, slice(0, 2) if place == "front" else slice(2, 4)] += 0.3
-    return x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(key))
-
-
-def toy_item(number: int, split: str) -> Item:
-    meta = {"hue": HUES[number % 2], "place": PLACES[number // 2 % 2], "number": number}
-    key, caption = f"{split}{number}", f"{meta['hue']} {meta['place']}, {split} {number}"
-    return Item(key, key, [caption], meta, Path())
-
-
-def toy_decode(item: Item, rng: random.Random | None) -> Sample:
-    return Sample(toy_clip(item.meta["hue"], item.meta["place"], item.meta["number"]), 8.0, 0.5)
-
-
-def toy_splits(path: str = "") -> tuple[ClipDataset, ClipDataset]:
-    return (
-        ClipDataset([toy_item(i, "train") for i in range(64)], toy_decode, train=True),
-        ClipDataset([toy_item(i, "val") for i in range(100, 124)], toy_decode),
-    )
-
-
-class ToyReader(Reader):
-    """Reads the mean level of each half of the clip."""
-
-    def __init__(self, answers: dict[str, list[str]]) -> None:
-        super().__init__(answers)
-        self.net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, sum(self.sizes)))
-
-    def reduce(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (2, -1)).mean(dim=(1, 3, 4, 5))
-
-    def augment(self, kept: Tensor, generator: torch.Generator) -> Tensor:
-        return kept + 0.02 * torch.randn(kept.shape, generator=generator)
-
-    def forward(self, kept: Tensor) -> Tensor:
-        return self.net(kept)
-
-
-def no_show(folder: Path, clip: Clip, titles: list[str]) -> None:
-    (folder / "titles.json").write_text(json.dumps([clip.data.shape[0], titles]))
-
-
-def toy_task(path: Path = Path()) -> Task:
-    return Task(
-        about="a toy", data=str(path), pipeline=path, splits=toy_splits, attributes=("hue", "place"),
-        turns=(("hue",), ("place",)), reader=ToyReader, recipe=Recipe(epochs=40, batch_size=16, lr=0.03), show=no_show,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Draw(Stage):
-    """Makes what `clip_of` makes of each caption and of noise of the clip's shape."""
-
-    clip_of: Callable[[str, Tensor], Tensor]
-    steps: int = 3
-    guidance: float = 1.0
-
-    def needs(self, shape: tuple[int, ...], rate: float) -> None:
-        return None
-
-    def __call__(self, prompt: Any, start: Any = None, *, shape: Any, rate: float, noise: Any, negative: Any = None,
-                 progress: Any = None) -> Clip:  # fmt: skip
-        eps = noise(torch.empty(len(prompt["caption"]), *shape))
-        progress(self.steps, self.steps)
-        return Clip(torch.stack([self.clip_of(c, e) for c, e in zip(prompt["caption"], eps, strict=True)]), rate)
-
-
-def cascade_of(clip_of: Callable[[str, Tensor], Tensor], rate: float = 8.0) -> Cascade:
-    return Cascade({"base": Draw(clip_of)}, (3, 4, 8, 8), rate)
-
-
-def obedient(caption: str, eps: Tensor) -> Tensor:
-    hue, place = caption.split(",")[0].split()
-    return toy_clip(hue, place, int(eps[0, 0, 0, 0].abs() * 1e6))
-
-
-def toy_report(clip_of: Callable[[str, Tensor], Tensor], **settings: Any) -> dict[str, Any]:
-    given = {"count": 24, "seed": 0, "batch_size": 7, **settings}
-    return evaluate(toy_task(), cascade_of(clip_of), toy_splits(), **given)
-
+from video.sheets import contact_sheets
 
 # -- intervals, prompts, scores
 
@@ -215,8 +142,9 @@ def test_report_depends_on_the_seed_and_not_on_the_batch_size(tmp_path: Path) ->
     assert json.loads((tmp_path / "report.json").read_text())["clips"] == first["clips"]
     shown, titles = json.loads((tmp_path / "titles.json").read_text())
     assert shown == len(titles) == 12
-    clip = first["clips"][3]
-    assert titles[3] == f"prompted {' '.join(clip['prompted'].values())}\nread {' '.join(clip['read'].values())}"
+    wanted, found = ([*first["clips"][3][key].values()] for key in ("prompted", "read"))
+    assert titles[3] == "\n".join(a if a == b else f"{a}, read {b}" for a, b in zip(wanted, found, strict=True))
+    assert any(", read " in title for title in titles)
 
 
 def test_table_shows_every_number() -> None:
@@ -225,6 +153,83 @@ def test_table_shows_every_number() -> None:
     for words in ("both", "100.0 % [86.2, 100.0] 24/24", "25.0 %", "eval toy", "steps 3", "seed 0"):
         assert words in text
     assert report["protocol"]["reader"] in text
+
+
+def memory(caption: str, eps: Tensor) -> Tensor:
+    """What a cascade makes that has learnt its training clips by heart: the first that fits."""
+    hue, place = caption.split(",")[0].split()
+    return toy_clip(hue, place, next(i for i in range(64) if (HUES[i % 2], PLACES[i // 2 % 2]) == (hue, place)))
+
+
+class Corners(Extractor):
+    """Two numbers of a clip that are not the reader's."""
+
+    @property
+    def protocol(self) -> str:
+        return "corners"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0, 0, 0, 0], x[:, 1, -1, -1, -1]], dim=1)
+
+
+def wide_splits() -> tuple[ClipDataset, ClipDataset]:
+    """With validation clips enough for distances, told apart by the parity of their pairs."""
+    train, _ = toy_splits()
+    items = [replace(item, meta={**item.meta, "half": "ab"[item.meta["number"] // 4 % 2]}) for item in
+             (toy_item(i, "val") for i in range(100, 148))]  # fmt: skip
+    return train, ClipDataset(items, toy_decode)
+
+
+def test_distances_are_named_by_their_features_and_small_for_obedient_clips() -> None:
+    def found(clip_of: Callable[[str, Tensor], Tensor], extractor: Extractor | None = None) -> list[dict[str, Any]]:
+        report = evaluate(toy_task(), cascade_of(clip_of), wide_splits(), count=40, seed=0, batch_size=8,
+                          extractor=extractor)  # fmt: skip
+        assert all(line in table(report) for line in report["lines"])
+        return report["distances"]
+
+    frechet, kernel = found(obedient)
+    assert (frechet["name"], kernel["name"]) == ("frechet", "kernel")
+    assert tuple(frechet["counts"]) == (40, 48)
+    assert frechet["low"] < frechet["value"] < frechet["high"]
+    for words in ("features of ToyReader", "2 of them", "4x8x8 at 8 steps/s", "seed 0"):
+        assert words in frechet["protocol"]
+    assert found(lambda caption, eps: obedient("dark front,", eps))[0]["value"] > 5 * frechet["high"]
+    assert found(obedient, Corners())[0]["protocol"].startswith("corners, 2 of them")
+    assert toy_report(obedient)["distances"] == []  # of 24 clips there is no interval
+
+
+def test_clips_known_by_heart_are_told_and_shown_beside_their_originals(tmp_path: Path) -> None:
+    report = toy_report(memory, out=tmp_path)
+    near = report["memorised"]
+    assert (near["near"], near["count"]) == (24, 24)
+    assert {toy_splits()[0].items[k].meta["number"] for k in near["nearest"]} == {0, 1, 2, 3}
+    assert "memorised: 24/24 generated clips" in table(report)
+    shown, titles = json.loads((tmp_path / "nearest" / "titles.json").read_text())
+    assert shown == len(titles) == 12
+    assert (titles[0].split()[0], titles[1].split("\n")[0]) == ("generated", "nearest training clip")
+    assert toy_report(obedient)["memorised"]["near"] < 8
+
+
+def test_scores_are_told_apart_and_measured_readings_take_the_reader_s_place() -> None:
+    def all_bright(clips: Tensor, rate: float) -> list[dict[str, str]]:
+        assert rate == 8.0
+        return [{"hue": "bright"} for _ in clips]
+
+    task = replace(toy_task(), apart="half", turns=(("half",), ("hue",)), measured=all_bright,
+                   measures={"level": lambda x: x.mean((1, 2, 3, 4))})  # fmt: skip
+    report = evaluate(task, cascade_of(obedient), wide_splits(), count=12, seed=0, batch_size=5)
+    assert list(report["parts"]) == ["a", "b"]
+    for part in ("a", "b"):
+        rows = report["parts"][part]
+        assert (rows["generated"]["hue"]["right"], rows["generated"]["hue"]["count"]) == (3, 6)
+        assert (rows["real"]["hue"]["count"], rows["real"]["place"]["right"]) == (24, 0)
+    assert report["generated"]["both"]["right"] == 0
+    level = report["measures"]["generated"]["level"]
+    assert level["count"] == 12
+    assert level["mean"] == pytest.approx(0.15, abs=0.02)  # of bright and dark by turns, and half a clip 0.3 brighter
+    text = table(report)
+    for words in ("generated, a", "generated, b", "level: generated 0.1", " of 12, real "):
+        assert words in text
 
 
 @pytest.mark.parametrize(
@@ -245,105 +250,13 @@ def test_clips_without_labels_are_refused() -> None:
         balanced_prompts(toy_task(), ClipDataset(items, toy_decode), 1, 0)
 
 
-# -- readers
-
-
-def test_training_is_a_function_of_the_seed() -> None:
-    labels = [{"hue": item.meta["hue"], "place": item.meta["place"]} for item in toy_splits()[0].items]
-
-    def trained(seed: int) -> str:
-        torch.randn(3)  # what else was drawn must not matter
-        reader = new_reader(ToyReader, labels, seed)
-        kept, found, _ = gather(reader, toy_splits()[0], "clips")
-        assert found == labels
-        return fingerprint(train_reader(reader, kept, labels, Recipe(2, 16), seed))
-
-    assert trained(0) == trained(0) != trained(1)
-
-
-def test_a_reader_needs_a_choice() -> None:
-    with pytest.raises(ValueError, match="'hue' has the values \\['dark'\\]"):
-        ToyReader({"hue": ["dark"]})
-
-
-def world_clips(count: int, seed: int) -> tuple[Tensor, list[dict[str, str]]]:
-    scenes = [scene(i, seed) for i in range(count)]
-    clips = torch.stack([render(one, frames=8, size=(32, 32), fps=4) for one in scenes])
-    return clips, [{"motion": one.motion, "shape": one.shape} for one in scenes]
-
-
-def test_video_reader_learns_motion_from_few_scenes() -> None:
-    clips, labels = world_clips(160, 0)
-    labels = [{"motion": label["motion"], "upright": str(MOTIONS[label["motion"]][0] == 0)} for label in labels]
-    reader = new_reader(ClipReader, labels[:128], 0)
-    train_reader(reader, reader.reduce(clips[:128]), labels[:128], Recipe(8, 16), 0)
-    assert score(labels[128:], read(reader, reader.reduce(clips[128:])))["both"]["accuracy"] > 0.8
-
-
-def tones(count: int) -> tuple[Tensor, list[dict[str, str]]]:
-    """Tones of 300 or 1200 Hz, once or twice, after a random silence."""
-    rng, clips, labels = random.Random(0), [], []
-    time_s = torch.arange(8192) / 8000
-    for i in range(count):
-        pitch, beeps, start = (300, 1200)[i % 2], i // 2 % 2 + 1, rng.random() * 0.1
-        sounding = sum((time_s >= start + 0.4 * k) & (time_s < start + 0.4 * k + 0.2) for k in range(beeps))
-        clips.append(0.5 * torch.sin(6.2832 * pitch * rng.uniform(0.9, 1.1) * time_s) * sounding)
-        labels.append({"pitch": str(pitch), "beeps": str(beeps)})
-    return torch.stack(clips)[:, None], labels
-
-
-def test_audio_reader_learns_pitch_and_count_from_few_tones() -> None:
-    clips, labels = tones(96)
-    reader = new_reader(SpeechReader, labels[:64], 0)
-    train_reader(reader, reader.reduce(clips[:64]), labels[:64], Recipe(6, 8), 0)
-    assert score(labels[64:], read(reader, reader.reduce(clips[64:])))["both"]["accuracy"] > 0.8
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape"), [(ClipReader, (2, 3, 16, 64, 64)), (ClipReader, (1, 3, 7, 20, 36)), (SpeechReader, (2, 1, 8192)),
-                        (SpeechReader, (1, 1, 8001))]
-)  # fmt: skip
-def test_readers_take_clips_of_any_length_and_keep_shapes(kind: type[Reader], shape: tuple[int, ...]) -> None:
-    reader = kind({"a": ["0", "1"], "b": ["0", "1", "2"]}).eval()
-    kept = reader.reduce(torch.rand(shape) - 0.5)
-    varied = reader.augment(kept, torch.Generator().manual_seed(0))
-    assert varied.shape == kept.shape
-    assert not torch.equal(varied, kept)
-    assert torch.equal(varied, reader.augment(kept, torch.Generator().manual_seed(0)))
-    assert reader(kept).shape == (shape[0], 5)
-    with pytest.raises(ValueError, match="clips have shape"):
-        reader.reduce(torch.zeros(2, 2))
-
-
-@pytest.mark.parametrize("kind", [ClipReader, SpeechReader])
-def test_saved_readers_read_the_same(kind: type[Reader], tmp_path: Path) -> None:
-    answers = {"digit": ["0", "1"], "way": ["left", "off"]}  # words that YAML might take for numbers and truths
-    reader = new_reader(kind, [{"digit": "0", "way": "left"}, {"digit": "1", "way": "off"}], 3)
-    save_reader(reader, tmp_path / "reader")
-    loaded = load_reader(kind, tmp_path / "reader", answers)
-    assert fingerprint(loaded) == fingerprint(reader)
-    assert sorted(file.suffix for file in (tmp_path / "reader").iterdir()) == [".json", ".safetensors", ".yaml"]
-    with pytest.raises(ValueError, match="give another folder"):
-        load_reader(kind, tmp_path / "reader", {"digit": ["0", "1"]})
-    with pytest.raises(ValueError, match="give another folder"):
-        load_reader(SpeechReader if kind is ClipReader else ClipReader, tmp_path / "reader", answers)
-
-
-def test_a_cached_reader_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = toy_report(obedient, reader_folder=tmp_path / "reader")
-    monkeypatch.setattr(mmdiff.evaluate, "train_reader", None)
-    second = toy_report(obedient, reader_folder=tmp_path / "reader")
-    assert second["protocol"] == first["protocol"]
-    assert (first["seconds"]["reader"] is None, second["seconds"]["reader"]) == (False, None)
-
-
 # -- what a modality writes
 
 
 def test_contact_sheet_has_a_row_for_each_clip(tmp_path: Path) -> None:
     from PIL import Image
 
-    clips, _ = world_clips(3, 0)
+    clips = torch.stack([render(one, 8, (32, 32), 4) for _, one in scenes(range(3), "seen", (3, 8), 4.0)])
     contact_sheets(tmp_path, Clip(clips, 4.0), ["prompted a\nread b"] * 3)
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.size == (190 + 8 * 98, 3 * 98)
@@ -358,22 +271,6 @@ def test_wavs_are_named_by_what_was_prompted_and_read(tmp_path: Path) -> None:
 # -- the command
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Stands for an installed entry point."""
-
-    name: str
-    value: str
-    task: Callable[[], Task]
-
-    def load(self) -> Callable[[], Task]:
-        return self.task
-
-
-def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry) -> None:
-    monkeypatch.setattr(mmdiff.evaluate, "entry_points", lambda group: entries if group == "mmdiff.evals" else ())
-
-
 def test_the_command_from_options_to_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,7 +278,7 @@ def test_the_command_from_options_to_report(
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
     install(monkeypatch, Entry("toy", "toy:task", lambda: toy_task(tmp_path)))
-    monkeypatch.setattr(pipeline, "load_pipeline", lambda folder: cascade_of(obedient))
+    monkeypatch.setattr(pipeline, "load_pipeline", lambda folder, trusted: cascade_of(obedient))
     out = tmp_path / "out"
     assert main(["toy", "--count", "6", "--steps", "9", "--guidance", "1.5", "--seed", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -436,7 +333,7 @@ def test_real_tasks_prompt_in_turns_from_a_folder_of_media(tmp_path: Path) -> No
             record = {"caption": f"the digit {digit} spoken by {speaker}", "digit": digit, "speaker": speaker}
             stem.with_suffix(".json").write_text(json.dumps(record))
     task = digits()
-    train, val = task.splits(str(tmp_path))
+    train, val = task.splits(str(tmp_path), (1, 8192), 8000.0)
     assert (len(train), len(val)) == (12, 6)
     assert tuple(val[0]["x"].shape) == (1, 8192)
     prompts = balanced_prompts(task, val, 6, 0)

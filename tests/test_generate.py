@@ -42,13 +42,13 @@ def generate(model: str, **settings: Any) -> dict[str, Any]:
     return {"class_path": "mmdiff.cascade.Generate", "init_args": init}
 
 
-def save_trained(tree: dict[str, Any], folder: Path) -> None:
+def save_trained(tree: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> None:
     """Saves the tree's model with every weight moved off its start, where a network gives zero."""
     torch.manual_seed(0)
     model = build(tree)
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    save(model, tree, folder)
+    save(model, tree, folder, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,7 @@ def test_many_prompts_and_counts_number_their_files(video_pipeline: Path, tmp_pa
         (["x", "--duration", "0"], "--duration 0.0 must be"),
         (["x", "--duration", "inf"], "--duration inf must be"),
         (["x", "--frames", "0"], "--frames 0 must be"),
+        (["x", "--fps", "nan"], "--fps nan must be"),
         (["x", "--frames", "8", "--duration", "1"], "not both"),
         (["x", "--prompts", "nowhere.txt"], "give one prompt"),
         (["--prompts", "nowhere.txt"], "cannot be read"),

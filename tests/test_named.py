@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mmdiff import generate
 from mmdiff.cascade import Cascade, Generate
 from mmdiff.generate import chosen, parser, with_options
 from mmdiff.guidance import APG, Cfg, CfgPP, CfgZero, Guidance, Interval, OverTime, Rescale, Threshold
-from mmdiff.named import GUIDANCES, part, pick_guidance
+from mmdiff.named import GUIDANCES, SAMPLERS, part, pick_guidance
 from mmdiff.prompts import Weighted
 from mmdiff.sampling import Ancestral, Heun
 
@@ -75,7 +74,7 @@ def test_packages_are_trusted_by_name_alone() -> None:
 
 def settings(*args: str, prompts: list[str] | None = None) -> dict[str, object]:
     given = parser("txt2vid", "", Path("nowhere")).parse_args(["x", *args])
-    return chosen(given, prompts or ["x"])
+    return chosen(given, prompts or ["x"]).get("", {})
 
 
 def test_samplers_are_named_or_built_too() -> None:
@@ -84,7 +83,7 @@ def test_samplers_are_named_or_built_too() -> None:
     assert settings("--sampler", yaml, "--steps", "7", "--guidance", "apg") == {
         "sampler": Heun("flow"), "steps": 7, "guidance": APG(),
     }  # fmt: skip
-    for name in generate.SAMPLERS:
+    for name in SAMPLERS:
         assert "sampler" in settings("--sampler", name)
     for wrong, says in (("magic", "neither one of"), (YAML, "builds a Rescale, not a Sampler"), (FOREIGN, "trusted")):
         with pytest.raises(ValueError, match=says) as caught:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from benchmarks import pipelines
 from mmdiff.cascade import Clip
-from mmdiff.evaluate import Task
-from tests.test_evaluate import Entry, toy_clip, toy_task
+from mmdiff.tasks import Task
+from tests.toy_task import Entry, toy_clip, toy_task
 
 
 class Toy:
     """Stands for a cascade."""
+
+    shape, rate = (3, 4, 8, 8), 8.0
 
     def __init__(self, clip_of: Callable[[str, int], Tensor]) -> None:
         self.clip_of = clip_of

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdiff import generate, sampling
+from mmdiff import named, sampling
 from mmdiff.sampling import (
     RK4,
     AdamsBashforth,
@@ -136,17 +136,17 @@ def test_a_missing_torchdiffeq_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         sample(AdaptiveODE())
 
 
-@pytest.mark.parametrize("name", generate.SAMPLERS)
+@pytest.mark.parametrize("name", named.SAMPLERS)
 def test_every_name_of_the_command_is_one_line_of_yaml(name: str) -> None:
-    kind, settings = generate.SAMPLERS[name]
+    kind, settings = named.SAMPLERS[name]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--sampler", type=Sampler)
     tree = {"class_path": f"mmdiff.sampling.{kind}", "init_args": settings}
-    assert parser.instantiate(parser.parse_object({"sampler": tree})).sampler == generate.pick_sampler(name)
+    assert parser.instantiate(parser.parse_object({"sampler": tree})).sampler == named.pick_sampler(name)
 
 
 def test_every_sampler_has_a_name() -> None:
-    assert {kind for kind, _ in generate.SAMPLERS.values()} == {kind.__name__ for kind in KINDS}
+    assert {kind for kind, _ in named.SAMPLERS.values()} == {kind.__name__ for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,16 +1,21 @@
 """Clips longer than a model's own, and loops: windows in time against closed forms."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmdiff.conditioning import Cond
+from mmdiff.backbones import UNet
+from mmdiff.cascade import Generate
+from mmdiff.conditioning import Cond, Label
 from mmdiff.config import build
 from mmdiff.editing import Repaint, Window, cut, inpaint, known_steps, window
-from mmdiff.sampling import Denoise, Heun
+from mmdiff.model import DiffusionModel
+from mmdiff.precond import EDM
+from mmdiff.sampling import Denoise, Heun, seeded_noise
 from mmdiff.sigmas import Karras
 from tests.edit_oracles import (
     SHAPES,
@@ -110,6 +115,41 @@ def test_long_samples_from_a_short_window_have_no_seam() -> None:
     cut_off = sampled_covariance(window(short, 16, 0), 48).diagonal(1)
     assert cut_off[15].abs() < 1e-6  # these windows know nothing of each other
     assert cut_off[14] > 0.7
+
+
+def test_ten_times_the_length_drifts_nowhere() -> None:
+    """80 steps from windows of 8: mean, variance and neighbours' covariance are those of the first join at the last."""
+    short = correlated(ar1(8, 0.8))
+
+    def shifted(x: Tensor, sigma: Tensor) -> Tensor:
+        return short(x - 0.7, sigma) + 0.7
+
+    sigmas, nothing = Karras(0.01, 80.0)(24), torch.zeros(80)
+    mean, linear = law(Heun(), window(shifted, 8, 4), sigmas, nothing, nothing.bool())
+    covariance = linear @ linear.mT
+    assert distance(mean, torch.full((80,), 0.7)) < 0.03
+    for values in (mean, covariance.diagonal(), covariance.diagonal(1), covariance.diagonal(8)):
+        inner = values[8:-8].unfold(0, 4, 4)  # one row for each stride
+        assert distance(inner, inner[:1].expand(inner.shape)) < 1e-3
+    assert distance(covariance.diagonal(), torch.ones(80)) < 0.2
+    assert distance(covariance.diagonal(1), torch.full((79,), 0.8)) < 0.2
+
+
+def test_a_clip_of_one_window_is_what_the_stage_makes_without_at_the_same_cost() -> None:
+    """Guided, prompt and null go through the network together, as they do without windows."""
+    label = Label("class", 3, 4)
+    net = UNet(1, 1, channels=8, multipliers=(1, 1), head_channels=8, vector_width=4)
+    model = DiffusionModel(net, EDM(), label).eval()
+    calls: list[int] = []
+    net.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    plain = Generate(model, Karras(), Heun(), 3, guidance=2.0)
+    made = [
+        replace(plain, window=w)({"class": [0, 2]}, shape=(1, 8), rate=8.0, noise=seeded_noise([1, 2])).data
+        for w in (None, Window(8, 4), Window(8, 4, loop=True))
+    ]
+    assert calls == [4] * 10 + [2] * 20
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
 
 
 def test_a_looped_clip_flows_from_its_end_into_its_start() -> None:

@@ -1,10 +1,15 @@
 """`mmdiff txt2vid`: text to video."""
 
+import contextlib
+import dataclasses
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdiff.edit_options import Media, add_options
-from mmdiff.generate import parser, run
+from mmdiff.generate import LONGEST, Asked, parser, run
+from mmdiff.stage_options import add_stops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,19 +24,72 @@ def txt2vid(args: list[str]) -> int:
     """Generates videos from prompts and prints where they are: H.264 mp4, and a contact sheet with --preview."""
     options = parser("txt2vid", txt2vid.__doc__ or "", SHIPPED)
     options.add_argument("--frames", type=int, help="length in frames, instead of --duration")
-    add_options(options, "a picture or a video, white where it is new", first_frame=True)
+    options.add_argument("--fps", type=float, metavar="RATE", help="frames per second (default: the pipeline's)")
+    options.add_argument("--size", metavar="HEIGHTxWIDTH", help="in pixels (default: the pipeline's)")
+    add_options(options, "a picture or a video, white where it is new", frames=True)
+    add_stops(options)
     given = options.parse_args(args)
     if given.frames is not None and given.duration is not None:
         raise ValueError("give --frames or --duration, not both")
     if given.frames is not None and given.frames < 1:
         raise ValueError(f"--frames {given.frames} must be at least 1")
+    if given.fps is not None and not (math.isfinite(given.fps) and given.fps > 0):
+        raise ValueError(f"--fps {given.fps} must be a number of frames per second above 0")
+    size = None if given.size is None else height_and_width(given.size)
 
-    def length(cascade: "Cascade") -> int:
-        if given.frames is not None:
-            return int(given.frames)
-        return cascade.shape[1] if given.duration is None else round(given.duration * cascade.rate)
+    def ask(cascade: "Cascade") -> Asked:
+        cascade = cascade if size is None else sized(cascade, *size)
+        cascade, every = (cascade, 1) if given.fps is None else cascade.at(given.fps)
+        frames = given.frames
+        if frames is None and given.duration is not None:
+            frames = round(given.duration * cascade.rate / every)
+        if frames is None:
+            frames = -(-cascade.shape[1] // every)
+        return Asked(cascade, (frames - 1) * every + 1, every)
 
-    return run(given, write, length, VideoFiles())
+    return run(given, write, ask, VideoFiles())
+
+
+def height_and_width(size: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size.strip())
+    if match is None or "0" in match.groups():
+        raise ValueError(f"--size {size} must be HEIGHTxWIDTH in pixels, such as 64x96")
+    return int(match[1]), int(match[2])
+
+
+def sized(cascade: "Cascade", height: int, width: int) -> "Cascade":
+    """The cascade for clips of another size. Raises ValueError, with the legal ones, where no network takes it."""
+    from mmdiff.cascade import Generate
+    from mmdiff.nn.conv import legal_sizes
+
+    channels, frames, *usual = cascade.shape
+    asked = f"--size {height}x{width}"
+    for name, stage in cascade.stages.items():
+        if isinstance(stage, Generate) and stage.multiples is None and [height, width] != usual:
+            raise ValueError(f"{asked}: only {usual[0]}x{usual[1]}, as the network of stage {name!r} takes no other")
+
+    def legal(place: int) -> int:
+        """What the sizes of an axis must be multiples of."""
+        for size in range(1, usual[place]):
+            shape = [channels, cascade.whole(frames), *usual]
+            shape[2 + place] = size
+            with contextlib.suppress(ValueError):
+                cascade.legal(tuple(shape), cascade.rate)
+                return math.lcm(size, 2)  # H.264 of 4:2:0 has even sizes
+        return usual[place]
+
+    faults = [
+        f"the {side} must be a multiple of {legal(place)}, such as {legal_sizes(size, legal(place))}"
+        for place, (side, size) in enumerate((("height", height), ("width", width)))
+        if size % legal(place)
+    ]
+    if faults:
+        raise ValueError(f"{asked}: {', and '.join(faults)}")
+    if height * width > LONGEST * usual[0] * usual[1]:
+        raise ValueError(
+            f"{asked} has more than {LONGEST} times the pixels of {usual[0]}x{usual[1]}, the pipeline's own"
+        )
+    return dataclasses.replace(cascade, shape=(channels, frames, height, width))
 
 
 def write(stem: Path, clip: "Clip", preview: bool) -> list[Path]:

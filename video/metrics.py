@@ -1,106 +1,136 @@
-"""Evaluations of generated video: does a sprite do the prompted action, facing the prompted way?
+"""Evaluations of generated video: what is read of it, how far it is from real clips, how well stages restore those.
 
-B batch, T frames, H W space; clips are (B, 3, T, H, W).
+B batch, T frames, H W space; clips are (B, 3, T, H, W) in [-1, 1].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 import video
-from mmdiff.cascade import Clip
-from mmdiff.data.clips import ClipDataset
-from mmdiff.data.media import whole_file
-from mmdiff.evaluate import Task
-from mmdiff.readers import Reader, Recipe
+from mmdiff.accuracy import score
+from mmdiff.data.clips import ClipDataset, Sample
+from mmdiff.data.items import Item
+from mmdiff.readers import Labels, ReaderFeatures, Recipe
+from mmdiff.tasks import Restoring, Splits, Task
+from mmdiff.world import Scene, World, attributes, caption, parse
+from mmdiff.world.dataset import TEST_FROM
+from mmdiff.world.draw import Split
+from video import world_reader
+from video.clip_reader import ClipReader
 from video.data import ClipDataModule
+from video.fidelity import compare, flicker, stretch, warping_error
+from video.render import check_clip, render
+from video.sheets import contact_sheets
 
-SIDE = 32  # pixels a side that the reader looks at
-
-
-class ClipReader(Reader):
-    """Convolutions over time and space on clips pooled to 32 x 32; colour, place and sharpness are randomised."""
-
-    def __init__(self, answers: Mapping[str, Sequence[str]]) -> None:
-        super().__init__(answers)
-        self.net = nn.Sequential(
-            *_conv(3, 24, (1, 2, 2)),  # (B, 24, T, 16, 16)
-            *_conv(24, 48, (2, 2, 2)),  # (B, 48, T / 2, 8, 8)
-            *_conv(48, 96, (2, 2, 2)),  # (B, 96, T / 4, 4, 4)
-            *_conv(96, 96, (1, 1, 1)),
-            nn.AdaptiveAvgPool3d((1, 4, 4)),
-            nn.Flatten(),
-            nn.Dropout(0.2),
-            nn.Linear(96 * 16, sum(self.sizes)),
-        )
-
-    def reduce(self, x: Tensor) -> Tensor:
-        if x.ndim != 5 or x.shape[1] != 3:
-            raise ValueError(f"clips have shape {tuple(x.shape)}; (B, 3, T, H, W) is needed")
-        return F.adaptive_avg_pool3d(x, (x.shape[2], SIDE, SIDE))
-
-    def augment(self, kept: Tensor, generator: torch.Generator) -> Tensor:
-        count, _, frames = kept.shape[:3]
-
-        def draw(*shape: int) -> Tensor:
-            return torch.rand(count, *shape, generator=generator).view(count, *shape, *(1,) * (4 - len(shape)))
-
-        swapped = torch.rand(count, 3, generator=generator).argsort(dim=1)
-        x = kept[torch.arange(count)[:, None], swapped]
-        x = x * (0.6 + 0.8 * draw(3)) + 0.6 * (draw(3) - 0.5)  # contrast and tint
-        x = torch.lerp(x, F.avg_pool3d(x, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False), draw())
-        held = x[:, :, ::2].repeat_interleave(2, dim=2)[:, :, :frames]
-        x = torch.where(draw() < 0.25, held, x)  # motion at half the rate, as from a slower first stage
-        x = x + 0.1 * draw() * torch.randn(x.shape, generator=generator)
-        padded = F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
-        moves = torch.randint(3, (count, 2), generator=generator).tolist()
-        return torch.stack([clip[..., a : a + SIDE, b : b + SIDE] for clip, (a, b) in zip(padded, moves, strict=True)])
-
-    def forward(self, kept: Tensor) -> Tensor:
-        return self.net(kept)
+PRETRAINED = Path(video.__file__).parent / "pretrained"
+WORLD_READER = PRETRAINED / "world_reader"  # whose features are the default ones
+WORDS = ("size", "colour", "shape", "motion", "speed", "background")
+WORLD = World(
+    1, ("slide",), distractors=0.0, offscreen=0.0, held_out=("colour", "shape")
+)  # of configs/video/world.yaml
+TRAIN, VAL = 1500, 150  # scenes: training ones, and others of seen and as many of held-out combinations
+MEASURES = {"flicker": flicker, "warping error": warping_error}
 
 
-def _conv(inner: int, outer: int, stride: tuple[int, int, int]) -> tuple[nn.Module, ...]:
-    return nn.Conv3d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm3d(outer), nn.ReLU()
+def features(clips: Tensor) -> Tensor:
+    """The default features (B, 96) of clips (B, 3, T, H, W), those of the shipped reader of the procedural world."""
+    found: Tensor = ReaderFeatures(WORLD_READER)(clips)
+    return found
+
+
+def world_scores(clips: Tensor, asked: Sequence[str | Scene], fps: float) -> dict[str, dict[str, Any]]:
+    """`mmdiff.accuracy.score` of the six attributes in clips of the world (B, 3, T, H, W), read by measuring.
+
+    asked: the caption or the scene of each clip. fps: frames per second of the clips.
+    """
+    wanted = [parse(one) if isinstance(one, str) else attributes(one) for one in asked]
+    return score([{name: labels[name] for name in WORDS} for labels in wanted], read_world(clips, fps))
+
+
+def read_world(clips: Tensor, fps: float) -> list[Labels]:
+    """The six attributes of each clip, so far as they can be seen: without a body that moves there is a background."""
+    found = [world_reader.read(clip, fps).attributes for clip in clips]
+    return [{name: labels[name] for name in WORDS if name in labels} for labels in found]
+
+
+def world() -> Task:
+    """The six attributes of the procedural world's captions, apart for combinations seen in training and held out."""
+    return Task(
+        about="How often all that a caption of the procedural world says is measured in the clip, and how far "
+        "generated clips are from rendered ones.",
+        data=None,
+        pipeline=PRETRAINED / "world",
+        splits=world_splits,
+        attributes=WORDS,
+        turns=(("combination",), ("colour", "shape"), ("motion",)),
+        reader=ClipReader,
+        recipe=Recipe(epochs=6),
+        show=contact_sheets,
+        trained=WORLD_READER,
+        measured=read_world,
+        apart="combination",
+        measures=MEASURES,
+        restoring=Restoring(stretch, compare),
+    )
+
+
+def world_splits(path: str, shape: tuple[int, ...], rate: float) -> Splits:
+    """Scenes as clips of a shape (3, T, H, W): training ones, and validation ones of seen and of held-out combinations.
+
+    path: nothing, for the scenes are drawn.
+    """
+    check_clip(shape[1], (shape[2], shape[3]), rate)
+    train = scenes(range(TRAIN), "seen", shape, rate)
+    seen, held_out = (range(-first, -first - VAL, -1) for first in (1, TEST_FROM))
+    val = [*scenes(seen, "seen", shape, rate), *scenes(held_out, "held-out", shape, rate)]
+    return rendered(train, shape, rate), rendered(val, shape, rate)
+
+
+def scenes(indices: Sequence[int], combination: Split, shape: tuple[int, ...], rate: float) -> list[tuple[Item, Scene]]:
+    """The scenes of these numbers that training, validation or test have, and what is to be known of them."""
+    part = replace(WORLD, split=combination)
+    found = []
+    for index in indices:
+        drawn = part.scene(index, 0, shape[1] / rate)
+        meta = {name: attributes(drawn)[name] for name in WORDS}
+        name = f"world-0-{index}"
+        found.append((Item(name, name, [caption(drawn)], {**meta, "combination": combination}, Path(name)), drawn))
+    return found
+
+
+def rendered(drawn: Sequence[tuple[Item, Scene]], shape: tuple[int, ...], rate: float) -> ClipDataset:
+    """Scenes as clips of a shape (3, T, H, W) and rate."""
+    of = {item.key: scene for item, scene in drawn}
+
+    def show(item: Item, rng: Any) -> Sample:
+        return Sample(render(of[item.key], shape[1], (shape[2], shape[3]), rate), rate, shape[1] / rate)
+
+    return ClipDataset([item for item, _ in drawn], show)
 
 
 def sprites() -> Task:
-    """Action and direction of generated LPC sprites."""
+    """Action, direction and each word for the looks of generated LPC sprites."""
     return Task(
-        about="How often a small classifier, trained on real clips, reads the prompted action and direction.",
+        about="How often a small classifier, trained on real clips, reads what the caption says: action, direction, "
+        "skin, hair, clothes and background; and how far generated clips are from real ones.",
         data="../shared/data/lpc_sprites",
-        pipeline=Path(video.__file__).parent / "pretrained" / "sprites",
+        pipeline=PRETRAINED / "sprites",
         splits=_splits,
-        attributes=("action", "direction"),
+        attributes=("action", "direction", "body", "hair", "top", "bottom", "shoes", "background"),
         turns=(("action", "direction"),),
         reader=ClipReader,
         recipe=Recipe(epochs=8),
         show=contact_sheets,
+        measures=MEASURES,
+        restoring=Restoring(stretch, compare),
     )
 
 
-def _splits(path: str) -> tuple[ClipDataset, ClipDataset]:
-    data = ClipDataModule(path, frames=16, size=(64, 64))
+def _splits(path: str, shape: tuple[int, ...], rate: float) -> Splits:
+    data = ClipDataModule(path, frames=shape[1], size=(shape[2], shape[3]))
     data.setup()
     return data.datasets["train"], data.datasets["val"]
-
-
-def contact_sheets(folder: Path, clip: Clip, titles: Sequence[str], frames: int = 8) -> None:
-    """Writes samples.png: a row for each clip, its title and `frames` of its frames."""
-    pixels = ((clip.data.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()  # (B, T, H, W, 3)
-    picked = torch.linspace(0, pixels.shape[1] - 1, min(frames, pixels.shape[1])).long().tolist()
-    scale = max(1, -(-96 // min(pixels.shape[2:4])))
-    height, width, label = pixels.shape[2] * scale + 2, pixels.shape[3] * scale + 2, 190
-    sheet = Image.new("RGB", (label + width * len(picked), height * len(pixels)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (frames_of, title) in enumerate(zip(pixels, titles, strict=True)):
-        draw.multiline_text((4, row * height + 8), title, fill="black", spacing=6)
-        for column, index in enumerate(picked):
-            picture = Image.fromarray(frames_of[index]).resize((width - 2, height - 2), Image.Resampling.NEAREST)
-            sheet.paste(picture, (label + column * width, row * height))
-    with whole_file(folder / "samples.png") as temporary:
-        sheet.save(temporary, format="PNG")

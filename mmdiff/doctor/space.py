@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder, Chain, LearnedAutoencoder
+from ..conditioning import LowRes
 from ..io import load
 from ..module import DiffusionModule
 from .check import Check, Finding, Run, has_weights, named
@@ -70,6 +71,9 @@ class LatentScale(Check):
         module: Any = run.module
         with run.as_trained():
             latents = module.model.latents(first(batch, 4)).float()
+            for part in () if module.model.conditioner is None else module.model.conditioner.modules():
+                if isinstance(part, LowRes) and part.residual:  # what is denoised is the difference alone
+                    latents = latents - part.degrade.decode(part.degrade.encode(latents))
         mask = DiffusionModule.mask(module, first(batch, 4), latents)
         self.seen.append(latents.flatten() if mask is None else latents[mask.expand_as(latents)])
         if len(self.seen) < BATCHES:

@@ -3,22 +3,16 @@
 B batch, C channels, T time; clips are (B, C, T, ...), masks bool (1 or B, 1, T, ...), True where the clip is given.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmdiff.autoencoder import Autoencoder
-from mmdiff.conditioning import Batch
-from mmdiff.sampling import Denoise, Noise
+from mmdiff.sampling import Denoise
 
 from .known import check_mask, inpaint, known_steps, outpaint
 from .start import noised
-
-if TYPE_CHECKING:
-    from mmdiff.cascade import Cascade, Clip
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,39 +103,3 @@ class Edit:
             weight = weight + kept
         weight = (weight / (self.fade + 1)).view(mask.movedim(2, -1).shape).movedim(-1, 2)
         return torch.where(weight == 1, clip, torch.lerp(data, clip.expand_as(data), weight))
-
-
-def extend(
-    cascade: "Cascade",
-    prompt: Batch,
-    clip: Tensor,
-    steps: int,
-    *,
-    noise: Noise,
-    context: int | None = None,
-    fade: int = 0,
-    negative: Batch | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> "Clip":
-    """The clip (1 or B, C, T, ...) followed by `steps` new time steps, T + steps in all.
-
-    The last `context` steps (default: half the cascade's length) are the known start of a clip of the cascade's
-    length, and so on until there are enough. The given clip comes back as it is, but for its last `fade` steps.
-    Raises ValueError unless 1 <= context < the cascade's length, and steps >= 1.
-    """
-    length = cascade.shape[1]
-    context = length // 2 if context is None else context
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1: how many to add")
-    if not 1 <= context < length:
-        raise ValueError(f"context={context} must lie in 1..{length - 1}, below the cascade's length of {length} steps")
-    total, rate = clip.shape[2] + steps, cascade.rate
-    while clip.shape[2] < total:
-        last = clip[:, :, -context:]
-        room, known = outpaint(last, 2, after=length - last.shape[2])
-        made = cascade(
-            prompt, noise=noise, negative=negative, progress=progress, edit=Edit(room, known=known, fade=fade)
-        )
-        kept = clip[:, :, : -last.shape[2]].to(made.data).expand(len(made.data), *(-1,) * (clip.ndim - 1))
-        clip, rate = torch.cat([kept, made.data], dim=2), made.rate
-    return type(made)(clip[:, :, :total], rate)

@@ -3,7 +3,7 @@
 B batch, C channels, T time; clips are (B, C, T, ...). A mask is bool, True where the clip is given.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmdiff.denoiser import expand_like
 from mmdiff.sampling import Ancestral, Denoise, Noise, Sampler, Step
+from mmdiff.sampling.sampler import Estimate
 
 
 def inpaint(denoise: Denoise, known: Tensor, mask: Tensor, noise: Noise | None = None) -> Denoise:
@@ -79,9 +80,7 @@ class Repaint(Sampler):
         if self.jump < 1 or self.resamples < 1:
             raise ValueError(f"jump={self.jump} steps and resamples={self.resamples} must both be at least 1")
 
-    def walk(
-        self, denoise: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: list[float], noise: Noise
-    ) -> Iterator[Step]:
+    def walk(self, denoise: Estimate, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Step]:
         for first in range(0, len(sigmas) - 1, self.jump):
             levels = sigmas[first : first + self.jump + 1]
             for turn in range(self.resamples):

@@ -82,7 +82,8 @@ def window(denoise: Denoise, length: int, overlap: int, loop: bool = False) -> D
 
 
 def cut(cond: Cond | None, steps: Tensor) -> Cond | None:
-    """The condition of the time steps `steps`, long (L,): what is concatenated to x must have its length."""
-    if cond is None or cond.concat is None:
-        return cond
-    return replace(cond, concat=cond.concat.index_select(2, steps))
+    """The condition of the time steps `steps`, long (L,): what has x's axes must have its length."""
+    if cond is None:
+        return None
+    slots = {"concat": cond.concat, "known": cond.known, "mean": cond.mean}
+    return replace(cond, **{name: slot.index_select(2, steps) for name, slot in slots.items() if slot is not None})

@@ -37,10 +37,12 @@ def stacked(conds: Sequence[Cond]) -> Cond:
     ]
     vectors = [c.vector for c in conds if c.vector is not None]
     concats = [c.concat for c in conds if c.concat is not None]
+    means = [c.mean for c in conds if c.mean is not None]
     pad = torch.nn.functional.pad
     return Cond(
         tokens=torch.cat([pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens]) if tokens else None,
         mask=torch.cat([pad(m, (0, longest - m.shape[1])) for m in masks]) if tokens else None,
         vector=torch.cat(vectors) if vectors else None,
         concat=torch.cat(concats) if concats else None,
+        mean=torch.cat(means) if means else None,
     )

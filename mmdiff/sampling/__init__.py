@@ -9,6 +9,7 @@ from .edm import Euler, Heun
 from .langevin import Langevin, PredictorCorrector
 from .ode import AdaptiveODE
 from .rk4 import RK4
+from .rolling import Rolling
 from .sampler import Denoise, Noise, Sampler, Step, seeded_noise, start
 from .sde import DPMpp2MSDE, DPMpp3MSDE
 from .unipc import UniPC

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma of shape ()) -> x0
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma of shape (), or (B, T)) -> x0
 Noise = Callable[[Tensor], Tensor]  # like -> standard normal of its shape, dtype and device
-Estimate = Callable[[Tensor, float], Tensor]  # Denoise as a method sees it: sigma is a number
+Estimate = Callable[[Tensor, float | Tensor], Tensor]  # Denoise as a method sees it: sigma is a number, or (B, T)
 
 
 class Step(NamedTuple):
@@ -52,8 +52,9 @@ class Sampler(ABC):
             )
         state = x.to(torch.promote_types(x.dtype, torch.float32))
 
-        def estimate(x: Tensor, sigma: float) -> Tensor:
-            return denoise(x, torch.full((), sigma, dtype=x.dtype, device=x.device)).to(x.dtype)
+        def estimate(x: Tensor, sigma: float | Tensor) -> Tensor:
+            level = sigma if isinstance(sigma, Tensor) else torch.full((), sigma, dtype=x.dtype, device=x.device)
+            return denoise(x, level).to(x.dtype)
 
         return self.walk(estimate, state, levels, noise)
 
