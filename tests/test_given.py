@@ -226,7 +226,7 @@ def trained() -> DiffusionModel:
     module.train()
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     for step in range(150):
-        level = torch.randn(32, 1, 1, generator=generator(step))
+        level = torch.randn(64, 1, 1, generator=generator(step))
         loss = module.losses({"x": level.expand(-1, -1, 8)}, (0, step))["loss"]
         optimizer.zero_grad()
         loss.backward()

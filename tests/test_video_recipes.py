@@ -26,8 +26,7 @@ NARROW = {"unet": {"channels": 16, "head_channels": 16}, "dit": {"width": 32, "d
 STAGES = {"world": 1, "world_interpolate": 2, "world_up": 1}  # frames of the clip for one of the clip before
 OBJECTIVES = {"own": None, "edm": EDM, "v": V, "flow": Flow}
 QUICK = [
-    ("world", "dit", "own"), ("world_interpolate", "dit", "flow"), ("world_up", "dit", "v"), ("world", "unet", "flow"),
-    ("world_up", "unet", "edm"), ("world", "unet", "v"),
+    ("world", "dit", "own"), ("world_interpolate", "dit", "flow"), ("world_up", "dit", "v"), ("world", "unet", "edm"),
 ]  # fmt: skip
 ALL = [case for case in itertools.product(STAGES, NARROW, OBJECTIVES) if case not in QUICK]
 

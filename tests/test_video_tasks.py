@@ -168,7 +168,7 @@ def test_interpolation_keeps_the_frames_it_is_given_to_the_bit(factor: int, axes
     shown = seen[0]  # what the network sees is noised all the same, and it is told how much
     assert torch.equal(shown[:, 1:], torch.full_like(shown[:, 1:], 0.3))
     error = (shown[:, :1, ::factor] - low).std()
-    assert 0.2 < error < 0.4
+    assert 0.15 < error < 0.5
     assert torch.equal(shown, seen[1])  # one field of noise for all steps
 
 
