@@ -4,7 +4,7 @@ usage: python benchmarks/backbones_compared.py FOLDER [--tflop N] [--rows NAME .
 
 Twelve small models of text to video on the procedural world, 8 frames of 32x32 at 4 fps, made of the recipes in
 configs/video: world.yaml with dit.yaml, world_latent.yaml and objective/*.yaml over it, and sampled as the objective's
-cascade says. Each has N teraflop of training (default 3: about a minute and a half on 2 cores), as `mmdiff estimate`
+cascade says. Each has N teraflop of training (default 6: a minute or two on 2 cores), as `mmdiff estimate`
 counts a step, the encoding of clips included; the latents' autoencoder, trained once before, is not. For each are
 printed the words of N prompts (default 100) that are seen in its clips, the Frechet distance to real ones with its
 95 % interval, and what a clip costs.
@@ -256,7 +256,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [recipe.name for recipe in RECIPES]
     options.add_argument("folder", type=Path)
-    options.add_argument("--tflop", type=float, default=3.0, help="operations of each training (default: 3)")
+    options.add_argument("--tflop", type=float, default=6.0, help="operations of each training (default: 6)")
     options.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     options.add_argument("--count", type=int, default=100, help="clips of each model, at least 40")
     options.add_argument("--seed", type=int, default=0)
